@@ -1,0 +1,46 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make their own .venv first.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "This Python has no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+install: $(READY)  ## Create .venv and install what the lock names
+
+demo: $(READY)  ## Run the main job: real data to an API on 127.0.0.1:8000 (ARGS="--port 9000" for another port)
+	@exec $(BIN)/banquet up $(ARGS)
+
+test: $(READY)  ## Every test
+	$(BIN)/python -m pytest $(ARGS)
+
+unit: $(READY)  ## The unit tests: seconds
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+check: $(READY)  ## Format, lint, types, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit
+
+format: $(READY)  ## Format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
+	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
+
+.PHONY: help install demo test unit check format lock

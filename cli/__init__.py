@@ -1,0 +1,1 @@
+"""The one front door, the banquet command; wires the packages together."""

@@ -1,0 +1,162 @@
+"""Every error Banquet raises on purpose.
+
+BanquetError
+├── InvalidInput                the caller's mistake; says which field and what to do
+│   ├── InvalidRequest          a request body, an entity row, a command's argument
+│   │   ├── InvalidEntity       a join key or request-time input of the wrong type or missing
+│   │   └── TooLarge            more rows or bytes than the limit
+│   ├── InvalidSetting          a BANQUET_* variable
+│   ├── InvalidRepository       feature_store.yaml or the definitions
+│   ├── InvalidModelSpec        the object that `banquet train --spec` names
+│   ├── EntityFrameError        entity rows that a point-in-time join cannot take
+│   └── UnsupportedKeyVersion   entity_key_serialization_version other than 3
+├── NotFound                    a name that does not exist
+│   ├── ModelNotFound
+│   ├── FeatureServiceNotFound
+│   └── FeatureNotFound
+├── Conflict                    the state on record forbids it
+│   └── NotRedis                something else answers on the configured address
+├── CheckFailed                 a check did what it is for: it found something
+│   ├── DatasetMismatch         the offline store returned other rows than it was asked for
+│   └── ModelRejected           a model package that must not serve
+│       ├── DigestMismatch
+│       ├── SchemaMismatch
+│       ├── LibraryMismatch
+│       └── GoldenMismatch
+└── Unavailable                 a dependency is away; retryable
+    ├── RedisUnavailable
+    ├── Overloaded
+    └── ModelNotReady
+
+The docstring of a class is its default message. ``code`` is stable and part of the API;
+``hint`` says the way out; ``retryable`` says whether the same call may succeed later.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+
+class BanquetError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None, *, hint: str | None = None, **details: Any) -> None:
+        self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
+        self.hint = hint
+        self.details = details
+        super().__init__(f"{self.message} {hint}" if hint else self.message)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "code" not in cls.__dict__:
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+class InvalidInput(BanquetError):
+    """The input is not valid."""
+
+
+class InvalidRequest(InvalidInput):
+    """The request is not valid."""
+
+
+class InvalidEntity(InvalidRequest):
+    """An entity row is not valid."""
+
+
+class TooLarge(InvalidRequest):
+    """The request is larger than the limit."""
+
+
+class InvalidSetting(InvalidInput):
+    """A setting is not valid."""
+
+
+class InvalidRepository(InvalidInput):
+    """The Feast repository cannot be used."""
+
+
+class InvalidModelSpec(InvalidInput):
+    """The model spec cannot be used."""
+
+
+class EntityFrameError(InvalidInput):
+    """The entity rows cannot be joined."""
+
+
+class UnsupportedKeyVersion(InvalidInput):
+    """Only entity_key_serialization_version 3 is supported."""
+
+
+class NotFound(BanquetError):
+    """There is nothing by that name."""
+
+
+class ModelNotFound(NotFound):
+    """There is no such model, version or alias."""
+
+
+class FeatureServiceNotFound(NotFound):
+    """There is no such feature service."""
+
+
+class FeatureNotFound(NotFound):
+    """There is no such feature."""
+
+
+class Conflict(BanquetError):
+    """The current state does not allow this."""
+
+
+class NotRedis(Conflict):
+    """What listens on the configured address is not Redis."""
+
+
+class CheckFailed(BanquetError):
+    """A check failed."""
+
+
+class DatasetMismatch(CheckFailed):
+    """The offline store returned other rows than the entity rows it was given."""
+
+
+class ModelRejected(CheckFailed):
+    """The model package must not serve."""
+
+
+class DigestMismatch(ModelRejected):
+    """An artifact differs from the digest in its manifest."""
+
+
+class SchemaMismatch(ModelRejected):
+    """The feature service no longer serves what the model was trained on."""
+
+
+class LibraryMismatch(ModelRejected):
+    """The model was trained with another version of a library."""
+
+
+class GoldenMismatch(ModelRejected):
+    """The model does not reproduce the predictions recorded when it was trained."""
+
+
+class Unavailable(BanquetError):
+    """A dependency does not answer."""
+
+    retryable = True
+
+
+class RedisUnavailable(Unavailable):
+    """Redis does not answer."""
+
+
+class Overloaded(Unavailable):
+    """Too many requests are in flight."""
+
+
+class ModelNotReady(Unavailable):
+    """The model is not loaded yet."""

@@ -1,0 +1,1 @@
+"""Sources into Redis: plan, gate, load, resume, verify."""

@@ -1,0 +1,1 @@
+"""Redis to features to predictions over HTTP."""

@@ -1,0 +1,1 @@
+"""Point-in-time dataset, fit, evaluate, register; batch scoring."""
