@@ -19,12 +19,16 @@ BanquetError
 ├── CheckFailed                 a check did what it is for: it found something
 │   ├── DatasetMismatch         the offline store returned other rows than it was asked for
 │   └── ModelRejected           a model package that must not serve
+│       ├── InvalidManifest     manifest.json is not what this release reads
 │       ├── DigestMismatch
 │       ├── SchemaMismatch
 │       ├── LibraryMismatch
 │       └── GoldenMismatch
+├── RedisReplyError             Redis refused a command (WRONGTYPE and the like)
+├── OnDemandFailed              an on-demand view's function failed on a row
 └── Unavailable                 a dependency is away; retryable
     ├── RedisUnavailable
+    │   └── RedisAccessDenied   the password, the user or its permissions; not retryable
     ├── Overloaded
     └── ModelNotReady
 
@@ -128,6 +132,10 @@ class ModelRejected(CheckFailed):
     """The model package must not serve."""
 
 
+class InvalidManifest(ModelRejected):
+    """The manifest of a model package is not valid."""
+
+
 class DigestMismatch(ModelRejected):
     """An artifact differs from the digest in its manifest."""
 
@@ -144,6 +152,14 @@ class GoldenMismatch(ModelRejected):
     """The model does not reproduce the predictions recorded when it was trained."""
 
 
+class RedisReplyError(BanquetError):
+    """Redis refused a command."""
+
+
+class OnDemandFailed(BanquetError):
+    """An on-demand view failed."""
+
+
 class Unavailable(BanquetError):
     """A dependency does not answer."""
 
@@ -152,6 +168,12 @@ class Unavailable(BanquetError):
 
 class RedisUnavailable(Unavailable):
     """Redis does not answer."""
+
+
+class RedisAccessDenied(RedisUnavailable):
+    """Redis denies access."""
+
+    retryable = False
 
 
 class Overloaded(Unavailable):
