@@ -1,0 +1,291 @@
+"""The manifest of a model package (contract 3): frozen records and their strict JSON form.
+
+It knows what a package says about itself, and nothing of where packages lie, how a model is loaded or
+what a feature store is. Reading is strict: an unknown key, a missing key or a value of another type is an
+error that names its place, because a manifest that is half understood is how a wrong model comes to serve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from functools import cache
+from typing import Any, Literal
+
+from core.errors import InvalidManifest, InvalidRequest
+from core.types import Dtype, Field
+
+SCHEMA_VERSION = 1
+MODEL_FILE = "model.joblib"
+MANIFEST_FILE = "manifest.json"
+BASELINE_FILE = "baseline.parquet"
+
+Task = Literal["classification", "regression"]
+Scalar = str | int | float | bool | None
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_model_name(name: str) -> str:
+    """``name`` itself when it can name a model (and a folder); raises InvalidRequest otherwise."""
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise InvalidRequest(
+            f"{name!r} cannot name a model.",
+            hint="Use up to 128 letters, digits, '_', '-' and '.', beginning with a letter or digit.",
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """Missing-value policy: put this value in the place of a missing one."""
+
+    default: str | int | float | bool
+
+
+Policy = Literal["pass", "reject"] | Default
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFeature:
+    """A feature as a feature service serves it; ``ttl_seconds`` is its view's, 0 for "never expires"."""
+
+    name: str
+    dtype: Dtype
+    ttl_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSchema:
+    """What a feature service serves, in order: what a model is trained on and checked against."""
+
+    service: str
+    features: tuple[ServedFeature, ...]
+    join_keys: tuple[Field, ...]
+    request_inputs: tuple[Field, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingWindow:
+    """Event times of the rows that were used. ``split`` is where the held-out part begins (UTC)."""
+
+    start: datetime
+    split: datetime
+    end: datetime
+    training_rows: int
+    calibration_rows: int
+    holdout_rows: int
+    embargoed_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRow:
+    """Raw feature values (timestamps as epoch seconds) and what the model said about them.
+
+    ``probabilities`` are in the order of the manifest's classes; None where the model has none.
+    """
+
+    features: Mapping[str, Scalar]
+    prediction: Scalar
+    probabilities: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledForm:
+    """The form that serves, and how close it came to scikit-learn on ``rows_checked`` baseline rows.
+
+    For regressors ``max_difference`` is relative, for classifiers a difference of probabilities.
+    ``reason`` says why a faster form was not taken, or is empty.
+    """
+
+    form: Literal["onnx", "treelite", "sklearn"]
+    artifact: str
+    max_difference: float
+    classes_equal: bool
+    rows_checked: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelManifest:
+    """Everything needed to know that a model predicts here what it predicted when it was trained."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    version: int
+    created: datetime
+    description: str = ""
+    task: Task
+    schema: ServiceSchema
+    label: str
+    classes: tuple[str | int | float | bool, ...] = ()
+    threshold: float | None = None
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    vocabulary: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    window: TrainingWindow
+    dataset_digest: str
+    libraries: Mapping[str, str]
+    golden: tuple[GoldenRow, ...]
+    compiled: CompiledForm
+    artifacts: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, message: str) -> None:
+            if not holds:
+                raise InvalidManifest(f"The manifest of model {self.name!r} is not valid: {message}.")
+
+        require(
+            self.schema_version == SCHEMA_VERSION,
+            f"schema_version is {self.schema_version}, this release reads {SCHEMA_VERSION}",
+        )
+        require(_NAME.fullmatch(self.name) is not None, "name is not a model name")
+        require(self.version >= 1, "version is not a positive integer")
+        names = self.feature_names
+        require(len(names) > 0 and len(set(names)) == len(names), "features are empty or repeated")
+        require(set(self.policies) <= set(names), "policies name unknown features")
+        strings = {f.name for f in self.schema.features if f.dtype is Dtype.STRING}
+        require(set(self.vocabulary) == strings, "vocabulary does not cover exactly the string features")
+        if self.task == "classification":
+            require(len(self.classes) >= 2, "a classifier needs two or more classes")
+            require(len(set(self.classes)) == len(self.classes), "classes repeat")
+        else:
+            require(not self.classes, "a regressor has no classes")
+        require(self.threshold is None or len(self.classes) == 2, "threshold is for two classes")
+        require(all(set(row.features) == set(names) for row in self.golden), "golden rows lack features")
+        require(
+            all(r.probabilities is None or len(r.probabilities) == len(self.classes) for r in self.golden),
+            "golden rows have other classes",
+        )
+        for artifact, digest in self.artifacts.items():
+            require(_NAME.fullmatch(artifact) is not None, f"{artifact!r} is not a file name")
+            require(artifact != MANIFEST_FILE, "the manifest cannot hold its own digest")
+            require(_SHA256.fullmatch(digest) is not None, f"the digest of {artifact!r} is not a sha256")
+        require(MODEL_FILE in self.artifacts, f"no digest of {MODEL_FILE}")
+        require(self.compiled.artifact in self.artifacts, "no digest of the compiled form")
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The columns of the matrix, in order."""
+        return tuple(feature.name for feature in self.schema.features)
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps(_plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ModelManifest:
+        """The manifest that ``text`` is; raises InvalidManifest with the place that is wrong."""
+        try:
+            tree = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError) as exc:
+            raise InvalidManifest(f"{MANIFEST_FILE} is not JSON: {exc}.") from exc
+        manifest = _read(cls, tree, "manifest")
+        assert isinstance(manifest, ModelManifest)
+        return manifest
+
+
+def finite_or_none(tree: Any) -> Any:
+    """A JSON tree with every NaN and infinity replaced by None (JSON has neither)."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping):
+        return {key: finite_or_none(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite_or_none(value) for value in tree]
+    return tree
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key is repeated")
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+@cache
+def _hints(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` (parsed JSON) as ``kind`` (a type hint of the records above)."""
+
+    def refuse(expected: str) -> InvalidManifest:
+        return InvalidManifest(f"{where} should be {expected}, not {type(value).__name__}.")
+
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if isinstance(value, str) and value in typing.get_args(kind):
+            return value
+        raise refuse(f"one of {', '.join(typing.get_args(kind))}")
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            try:
+                return _read(option, value, where)
+            except InvalidManifest as exc:
+                last = exc
+        raise last
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise refuse("a list")
+        return tuple(_read(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise refuse("an object")
+        return {key: _read(typing.get_args(kind)[1], v, f"{where}.{key}") for key, v in value.items()}
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise refuse("an object")
+        hints = _hints(typing.cast(type, kind))
+        if set(value) != set(hints):
+            odd = sorted(set(value) ^ set(hints))
+            raise InvalidManifest(f"{where} lacks or should not have: {', '.join(odd)}.")
+        return typing.cast(type, kind)(
+            **{k: _read(hint, value[k], f"{where}.{k}") for k, hint in hints.items()}
+        )
+    if issubclass(kind, Enum):
+        if not isinstance(value, str) or value not in kind.__members__:
+            raise refuse(f"the name of a {kind.__name__}")
+        return kind[value]
+    if kind is datetime:
+        try:
+            moment = datetime.fromisoformat(value)
+        except (TypeError, ValueError) as exc:
+            raise refuse("an ISO 8601 time") from exc
+        if moment.tzinfo is None:
+            raise refuse("a time with its UTC offset")
+        return moment.astimezone(UTC)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise refuse(f"a {kind.__name__}")
+    return value
