@@ -46,8 +46,11 @@ def _load(*names: str) -> tuple[ModuleType, ...]:
             del sys.modules[name]
 
 
-value_pb2, entity_key_pb2, registry_pb2 = _load("types.Value_pb2", "types.EntityKey_pb2", "core.Registry_pb2")
+value_pb2, entity_key_pb2, registry_pb2, feature_view_pb2 = _load(
+    "types.Value_pb2", "types.EntityKey_pb2", "core.Registry_pb2", "core.FeatureView_pb2"
+)
 
 Value = value_pb2.Value
 EntityKey = entity_key_pb2.EntityKey
 Registry = registry_pb2.Registry
+FeatureView = feature_view_pb2.FeatureView

@@ -1,0 +1,299 @@
+"""The sole online read: a feature plan, resolved once, and the reader that runs it on Redis.
+
+A request costs one round trip whatever the number of views and entities: views that share join keys
+share one HMGET, and each distinct key is read once. Statuses follow ``core.contract``. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from core import contract, layout
+from core.errors import BanquetError, InvalidRequest, OnDemandFailed
+from core.on_demand import OnDemandTransformation
+from core.redis_connection import HashFields, HashReader
+from core.repository import Definitions, Feature, OnDemandView, Projection, View
+from core.types import Dtype, FeatureStatus, Field, feature_name
+
+Cells = Sequence[bytes | None]
+
+
+@dataclass(slots=True)
+class FeatureVectors:
+    """Feature values of ``rows`` entities, by column.
+
+    ``statuses`` holds None in place of a column whose values are all PRESENT. ``event_ns`` gives, per view,
+    each row's event timestamp in nanoseconds since the epoch (UTC), None where there is no row.
+    ``errors`` holds the rows for which an on-demand view failed.
+    """
+
+    rows: int
+    values: dict[str, list[Any]]
+    statuses: dict[str, list[FeatureStatus] | None]
+    event_ns: dict[str, list[int | None]]
+    errors: dict[int, BanquetError] = field(default_factory=dict)
+
+    def slice(self, start: int, stop: int) -> FeatureVectors:
+        """The rows from ``start`` to before ``stop``."""
+        if start == 0 and stop == self.rows:
+            return self
+        return FeatureVectors(
+            rows=stop - start,
+            values={name: column[start:stop] for name, column in self.values.items()},
+            statuses={name: column and column[start:stop] for name, column in self.statuses.items()},
+            event_ns={name: column[start:stop] for name, column in self.event_ns.items()},
+            errors={row - start: error for row, error in self.errors.items() if start <= row < stop},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _ViewSlot:
+    """Where one projection's cells lie within the reply to its group's HMGET."""
+
+    name: str
+    ttl_ns: int
+    first: int
+    features: tuple[tuple[str, Dtype], ...]
+
+
+class _KeyGroup:
+    """The views that live in the same Redis hash and are asked for by the same request columns."""
+
+    def __init__(self, project: str, keys: Mapping[str, tuple[str, Dtype]]) -> None:
+        self.columns = [column for column, _ in keys.values()]
+        self.encoder = layout.EntityKeys(project, [Field(name, dtype) for name, (_, dtype) in keys.items()])
+        self.slots: list[_ViewSlot] = []
+        self._fields: list[bytes] = []
+        self.hash_fields = HashFields(())
+
+    def add(self, view: View, name: str, features: Sequence[str]) -> None:
+        self.slots.append(
+            _ViewSlot(
+                name=name,
+                ttl_ns=round(view.ttl.total_seconds() * 1e6) * 1000,
+                first=len(self._fields),
+                features=tuple((feature_name(name, f), view.feature(f).dtype) for f in features),
+            )
+        )
+        self._fields += [layout.feature_field(view.stored_name, f) for f in features]
+        self._fields.append(layout.timestamp_field(view.stored_name))
+        self.hash_fields = HashFields(tuple(self._fields))
+
+    def keys(self, columns: Mapping[str, Sequence[Any]], rows: int) -> tuple[list[bytes], list[int] | None]:
+        """The distinct Redis keys, and each row's position among them (None: row i has key i)."""
+        if not self.columns:
+            return self.encoder.encode([]), [0] * rows
+        keys = self.encoder.encode([columns[column] for column in self.columns])
+        if rows == 1 or len(set(keys)) == rows:
+            return keys, None
+        position: dict[bytes, int] = {}
+        index = [position.setdefault(key, len(position)) for key in keys]
+        return list(position), index
+
+
+class FeaturePlan:
+    """Everything a read needs, resolved from the definitions once.
+
+    Attributes:
+        names: the requested features, ``view__feature``, in the order of the request.
+        dtypes: the declared dtype of each name in ``names``.
+        join_keys: the entity columns a request has to bring.
+        request_inputs: the request-time inputs it has to bring, with their expectations in ``tags``.
+        ttls_s: each stored view's time to live in seconds, zero for never.
+    """
+
+    def __init__(self, definitions: Definitions, projections: Iterable[Projection]) -> None:
+        """Resolve the projections.
+
+        Raises:
+            FeatureNotFound: a view or feature does not exist.
+            InvalidRepository: an on-demand view cannot run here.
+        """
+        self.names: list[str] = []
+        self.dtypes: dict[str, Dtype] = {}
+        self.ttls_s: dict[str, float] = {}
+        self.request_inputs: dict[str, Feature] = {}
+        self._definitions = definitions
+        self._groups: dict[tuple[tuple[str, str], ...], _KeyGroup] = {}
+        self._needed: dict[str, tuple[Projection, dict[str, None]]] = {}
+        self._transformations: dict[str, OnDemandTransformation] = {}
+        self._join_keys: dict[str, Field] = {}
+        wanted = list(projections)
+        on_demand: list[tuple[Projection, OnDemandView]] = []
+        for projection in wanted:
+            view = definitions.view(projection.view, projection.version)
+            for feature in projection.features:
+                name = feature_name(projection.name, feature)
+                self.names.append(name)
+                self.dtypes[name] = view.feature(feature).dtype
+            if isinstance(view, OnDemandView):
+                on_demand.append((projection, view))
+            else:
+                self._need(projection)
+        for projection, view in on_demand:
+            self._need_sources(view, seen=(projection.view,))
+        self._place_views()
+        for projection, view in on_demand:
+            self._add_transformation(projection.name, view)
+        self.join_keys = tuple(self._join_keys.values())
+
+    @classmethod
+    def for_service(cls, definitions: Definitions, service: str) -> FeaturePlan:
+        """The plan of a feature service. Raises FeatureServiceNotFound where there is none."""
+        return cls(definitions, definitions.service(service).projections)
+
+    @classmethod
+    def for_references(cls, definitions: Definitions, references: Sequence[str]) -> FeaturePlan:
+        """The plan of ``view:feature`` (or ``view@v2:feature``) references, in their order.
+
+        Raises:
+            InvalidRequest: a reference is malformed or given twice.
+            FeatureNotFound: a view or feature does not exist.
+        """
+        projections = []
+        seen = set()
+        for reference in references:
+            view, colon, feature = reference.partition(":")
+            base, _, version = view.partition("@v")
+            if not colon or not base or not feature or ("@" in view and not version.isdigit()):
+                raise InvalidRequest(
+                    f"Feature reference {reference!r} is malformed.",
+                    hint="Write it as view:feature, or view@v2:feature for a pinned version.",
+                    field="features",
+                )
+            if reference in seen:
+                raise InvalidRequest(f"Feature {reference!r} is asked for twice.", field="features")
+            seen.add(reference)
+            pinned = int(version) if version else None
+            projections.append(Projection(base, view, (feature,), {}, pinned))
+        return cls(definitions, projections)
+
+    def _need(self, projection: Projection) -> None:
+        known = self._needed.setdefault(projection.name, (projection, {}))
+        known[1].update(dict.fromkeys(projection.features))
+
+    def _need_sources(self, view: OnDemandView, seen: tuple[str, ...]) -> None:
+        for source in view.sources:
+            found = self._definitions.view(source.view, source.version)
+            if not isinstance(found, OnDemandView):
+                self._need(source)
+            elif source.view not in seen:
+                self._need_sources(found, (*seen, source.view))
+
+    def _place_views(self) -> None:
+        for projection, features in self._needed.values():
+            view = self._definitions.view(projection.view, projection.version)
+            assert isinstance(view, View)
+            keys = {
+                key.name: (projection.join_key_map.get(key.name, key.name), key.dtype)
+                for key in view.join_keys
+            }
+            for column, dtype in keys.values():
+                self._join_keys.setdefault(column, Field(column, dtype))
+            identity = tuple(sorted((name, column) for name, (column, _) in keys.items()))
+            group = self._groups.get(identity)
+            if group is None:
+                group = self._groups[identity] = _KeyGroup(self._definitions.project, keys)
+            group.add(view, projection.name, list(features))
+            self.ttls_s[projection.name] = view.ttl.total_seconds()
+
+    def _add_transformation(self, name: str, view: OnDemandView) -> None:
+        if name in self._transformations:
+            return
+        for source in view.sources:
+            found = self._definitions.view(source.view, source.version)
+            if isinstance(found, OnDemandView):
+                self._add_transformation(source.name, found)
+        self.request_inputs |= {feature.name: feature for feature in view.request_inputs}
+        self._transformations[name] = OnDemandTransformation(view, name, list(self._join_keys))
+
+
+class OnlineReader:
+    """Runs plans on one Redis connection."""
+
+    def __init__(self, connection: HashReader) -> None:
+        self._connection = connection
+
+    async def read(
+        self, plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], rows: int, now_ns: int | None = None
+    ) -> FeatureVectors:
+        """Read the plan's features for ``rows`` entities.
+
+        Args:
+            plan: what to read.
+            columns: the plan's join keys and request-time inputs, each of length ``rows``, already checked.
+            rows: number of entities.
+            now_ns: the moment that ttls are held against, nanoseconds since the epoch; default: now.
+
+        Raises:
+            InvalidEntity: a key value does not fit its type.
+            RedisUnavailable: Redis did not answer.
+            Overloaded: too many reads are waiting.
+        """
+        now_ns = time.time_ns() if now_ns is None else now_ns
+        groups = list(plan._groups.values())
+        asked = [group.keys(columns, rows) for group in groups]
+        replies = await self._connection.read_hashes(
+            [(group.hash_fields, keys) for group, (keys, _) in zip(groups, asked, strict=True)]
+        )
+        vectors = FeatureVectors(rows, {}, {}, {})
+        for group, (_, index), cells in zip(groups, asked, replies, strict=True):
+            _decode(group, cells, index, now_ns, vectors)
+        if plan._transformations:
+            _transform(plan, columns, vectors)
+        return vectors
+
+
+def _decode(
+    group: _KeyGroup,
+    cells: list[list[bytes | None]],
+    index: list[int] | None,
+    now_ns: int,
+    into: FeatureVectors,
+) -> None:
+    by_field: list[Cells] = list(zip(*cells, strict=True))
+    for slot in group.slots:
+        events = layout.decode_timestamps(by_field[slot.first + len(slot.features)])
+        statuses = contract.row_statuses(events, now_ns, slot.ttl_ns)
+        into.event_ns[slot.name] = _expand(events, index)
+        for offset, (name, dtype) in enumerate(slot.features):
+            values = layout.decode_column(by_field[slot.first + offset], dtype)
+            values, value_statuses = contract.apply_status(values, statuses)
+            into.values[name] = _expand(values, index)
+            into.statuses[name] = value_statuses and _expand(value_statuses, index)
+
+
+def _expand(column: list[Any], index: list[int] | None) -> list[Any]:
+    return column if index is None else [column[i] for i in index]
+
+
+def _transform(plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], vectors: FeatureVectors) -> None:
+    available: dict[str, Sequence[Any]] = {**columns, **vectors.values}
+    for transformation in plan._transformations.values():
+        try:
+            computed = transformation(available, vectors.rows)
+        except OnDemandFailed:
+            computed = _row_by_row(transformation, available, vectors)
+        for name, values in computed.items():
+            vectors.values[name], vectors.statuses[name] = contract.apply_status(values, None)
+        available |= computed
+
+
+def _row_by_row(
+    transformation: OnDemandTransformation, available: Mapping[str, Sequence[Any]], vectors: FeatureVectors
+) -> dict[str, list[Any]]:
+    """One bad row must not take the others down: find which rows the function fails on."""
+    names = [feature_name(transformation.name, out.name) for out in transformation.outputs]
+    computed: dict[str, list[Any]] = {name: [None] * vectors.rows for name in names}
+    for row in range(vectors.rows):
+        try:
+            one = transformation({name: [column[row]] for name, column in available.items()}, 1)
+        except OnDemandFailed as exc:
+            vectors.errors[row] = exc
+        else:
+            for name in names:
+                computed[name][row] = one[name][0]
+    return computed

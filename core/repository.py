@@ -1,0 +1,384 @@
+"""A Feast repository: its feature_store.yaml, and the definitions its registry holds.
+
+Reads the registry's protobuf directly when it is a local file, so that a server worker starts without
+importing Feast, which alone takes longer than everything else together. Any other registry, and every
+write, goes through Feast itself (``store()``). Knows no Redis bytes and no sources.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from core.errors import FeatureNotFound, FeatureServiceNotFound, InvalidRepository
+from core.redis import RedisAddress
+from core.types import Dtype, Field
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+DUMMY_JOIN_KEY = "__dummy_id"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One feature of a view, with the tags its expectations are read from."""
+
+    name: str
+    dtype: Dtype
+    tags: Mapping[str, str]
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A feature view that is stored online.
+
+    ``stored_name`` is the name its rows carry in the online store; ``ttl`` zero means rows never expire;
+    ``join_keys`` is empty for a view without entities.
+    """
+
+    name: str
+    stored_name: str
+    join_keys: tuple[Field, ...]
+    features: tuple[Feature, ...]
+    ttl: timedelta
+    description: str = ""
+
+    def feature(self, name: str) -> Feature:
+        """The feature of that name; FeatureNotFound names the view otherwise."""
+        return _feature(self, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Some features of one view, under a name and join keys that a service may rename."""
+
+    view: str
+    name: str
+    features: tuple[str, ...]
+    join_key_map: Mapping[str, str]
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDemandView:
+    """A view computed at request time from stored features and request-time inputs."""
+
+    name: str
+    mode: str
+    singleton: bool
+    features: tuple[Feature, ...]
+    sources: tuple[Projection, ...]
+    request_inputs: tuple[Feature, ...]
+    function_name: str
+    function_body: bytes
+    function_source: str
+
+    def feature(self, name: str) -> Feature:
+        """The feature of that name; FeatureNotFound names the view otherwise."""
+        return _feature(self, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A feature service: projections in the order its author wrote them."""
+
+    name: str
+    projections: tuple[Projection, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definitions:
+    """What one project's registry holds, as one immutable snapshot."""
+
+    project: str
+    views: Mapping[str, View]
+    on_demand: Mapping[str, OnDemandView]
+    services: Mapping[str, Service]
+    pinned: Mapping[tuple[str, int], View]
+
+    def service(self, name: str) -> Service:
+        """The service of that name.
+
+        Raises:
+            FeatureServiceNotFound: there is none; the message lists those there are.
+        """
+        try:
+            return self.services[name]
+        except KeyError:
+            known = ", ".join(sorted(self.services)) or "none; run `banquet apply`"
+            raise FeatureServiceNotFound(
+                f"There is no feature service {name!r} in project {self.project!r}.",
+                hint=f"Known services: {known}.",
+            ) from None
+
+    def view(self, name: str, version: int | None = None) -> View | OnDemandView:
+        """The view of that name, or the pinned ``version`` of it.
+
+        Raises:
+            FeatureNotFound: there is none.
+        """
+        found: View | OnDemandView | None
+        if version:
+            found = self.pinned.get((name, version))
+        else:
+            found = self.views.get(name) or self.on_demand.get(name)
+        if found is None:
+            wanted = f"{name}@v{version}" if version else name
+            known = ", ".join(sorted({*self.views, *self.on_demand})) or "none; run `banquet apply`"
+            raise FeatureNotFound(f"There is no feature view {wanted!r}.", hint=f"Known views: {known}.")
+        return found
+
+
+class FeastRepository:
+    """One Feast repository on disk.
+
+    ``open`` reads feature_store.yaml only; nothing is imported from Feast until ``store`` is called or the
+    registry is not a local file.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.config = config
+        self.project: str = config["project"]
+
+    @classmethod
+    def open(cls, path: Path | str) -> FeastRepository:
+        """Read ``<path>/feature_store.yaml``.
+
+        Raises:
+            InvalidRepository: the file is missing, is not YAML or lacks what Banquet needs.
+        """
+        root = Path(path).expanduser().resolve()
+        file = root / "feature_store.yaml"
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as exc:
+            raise InvalidRepository(
+                f"There is no feature_store.yaml in {root}.",
+                hint="Name the Feast repository with `banquet --repo PATH`.",
+            ) from exc
+        try:
+            # Feast expands variables the same way before it parses.
+            config = yaml.safe_load(os.path.expandvars(text))
+        except yaml.YAMLError as exc:
+            raise InvalidRepository(f"{file} is not valid YAML: {exc}.") from exc
+        if not isinstance(config, dict) or not isinstance(config.get("project"), str):
+            raise InvalidRepository(f"{file} names no project.", hint="Add a line `project: <name>`.")
+        version = config.get("entity_key_serialization_version", 3)
+        if version != 3:
+            from core.layout import require_key_version
+
+            require_key_version(version)
+        return cls(root, config)
+
+    @cached_property
+    def redis(self) -> RedisAddress:
+        """The online store's address.
+
+        Raises:
+            InvalidRepository: the online store is not Redis, or its address cannot be read.
+        """
+        store = self.config.get("online_store")
+        if not isinstance(store, dict) or store.get("type") != "redis":
+            found = store.get("type") if isinstance(store, dict) else store
+            raise InvalidRepository(
+                f"The online store in {self.path / 'feature_store.yaml'} is {found!r}, not redis.",
+                hint='Set `online_store: {type: redis, connection_string: "127.0.0.1:6379"}`.',
+            )
+        return RedisAddress.from_online_store(store)
+
+    @cached_property
+    def registry_file(self) -> Path | None:
+        """The registry when it is a local file, else None."""
+        registry = self.config.get("registry")
+        if registry is None:
+            registry = "data/registry.db"
+        if isinstance(registry, dict):
+            if registry.get("registry_type", "file") != "file" or registry.get("registry_store_type"):
+                return None
+            registry = registry.get("path", "")
+        if not isinstance(registry, str) or "://" in registry:
+            return None
+        return self.path / registry
+
+    def store(self) -> FeatureStore:
+        """Feast's own view of the repository. The first call imports Feast, which takes seconds.
+
+        Raises:
+            InvalidRepository: Feast refuses feature_store.yaml.
+        """
+        return self._store
+
+    @cached_property
+    def _store(self) -> FeatureStore:
+        from feast import FeatureStore
+        from feast.errors import FeastError
+        from pydantic import ValidationError
+
+        try:
+            return FeatureStore(repo_path=str(self.path))
+        except (FeastError, ValidationError) as exc:
+            raise InvalidRepository(
+                f"Feast cannot open {self.path / 'feature_store.yaml'}: {exc}",
+                hint="Run `feast configuration` in that folder for the details.",
+            ) from exc
+
+    def fingerprint(self) -> object:
+        """A value that changes when the definitions may have changed; cheap for a local registry."""
+        if self.registry_file is not None:
+            try:
+                stat = self.registry_file.stat()
+            except FileNotFoundError:
+                return None
+            return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return self._remote_registry().version_id
+
+    def definitions(self) -> Definitions:
+        """Read the registry anew.
+
+        Raises:
+            InvalidRepository: there is no registry yet, or it cannot be read.
+        """
+        if self.registry_file is None:
+            return parse_registry(self._remote_registry(), self.config)
+        from google.protobuf.message import DecodeError
+
+        from core.feast_protos import Registry
+
+        registry = Registry()
+        try:
+            registry.ParseFromString(self.registry_file.read_bytes())
+        except FileNotFoundError:
+            raise InvalidRepository(
+                f"There is no registry at {self.registry_file}.", hint="Run `banquet apply` first."
+            ) from None
+        except DecodeError as exc:
+            raise InvalidRepository(
+                f"{self.registry_file} is not a Feast registry.", hint="Run `banquet apply` to write it anew."
+            ) from exc
+        return parse_registry(registry, self.config)
+
+    def _remote_registry(self) -> Any:
+        store = self.store()
+        store.refresh_registry()
+        return store.registry.proto()
+
+
+def parse_registry(registry: Any, config: Mapping[str, Any]) -> Definitions:
+    """Turn a registry protobuf into definitions of the project that ``config`` names."""
+    project = config["project"]
+    options = config.get("registry")
+    versioned = bool(isinstance(options, dict) and options.get("enable_online_feature_view_versioning"))
+    views: dict[str, View] = {}
+    for kind in (registry.feature_views, registry.stream_feature_views):
+        for message in _of_project(kind, project):
+            version = message.meta.current_version_number if versioned else 0
+            views[message.spec.name] = _view(message.spec, version)
+    on_demand: dict[str, OnDemandView] = {}
+    for message in _of_project(registry.on_demand_feature_views, project):
+        if message.spec.write_to_online_store:
+            # Written at push or materialize time: online it is a view like any other.
+            views[message.spec.name] = _view(message.spec, 0)
+        else:
+            on_demand[message.spec.name] = _on_demand_view(message.spec)
+    services = {
+        message.spec.name: Service(
+            message.spec.name, tuple(_projection(projection) for projection in message.spec.features)
+        )
+        for message in _of_project(registry.feature_services, project)
+    }
+    pinned = _pinned_views(registry, project) if versioned else {}
+    return Definitions(project=project, views=views, on_demand=on_demand, services=services, pinned=pinned)
+
+
+def _of_project(messages: Iterable[Any], project: str) -> list[Any]:
+    return [m for m in messages if m.spec.project == project and not getattr(m.spec, "disabled", False)]
+
+
+def _features(columns: Iterable[Any]) -> tuple[Feature, ...]:
+    return tuple(Feature(c.name, Dtype(c.value_type), dict(c.tags), c.description) for c in columns)
+
+
+def _view(spec: Any, version: int) -> View:
+    return View(
+        name=spec.name,
+        stored_name=f"{spec.name}_v{version}" if version > 0 else spec.name,
+        join_keys=tuple(
+            Field(column.name, Dtype(column.value_type))
+            for column in spec.entity_columns
+            if column.name != DUMMY_JOIN_KEY
+        ),
+        features=_features(spec.features),
+        ttl=spec.ttl.ToTimedelta() if hasattr(spec, "ttl") else timedelta(0),
+        description=spec.description,
+    )
+
+
+def _pinned_views(registry: Any, project: str) -> dict[tuple[str, int], View]:
+    from core.feast_protos import FeatureView
+
+    pinned = {}
+    for record in registry.feature_view_version_history.records:
+        if record.project_id == project and record.feature_view_type == "feature_view":
+            message = FeatureView.FromString(record.feature_view_proto)
+            key = (record.feature_view_name, record.version_number)
+            pinned[key] = _view(message.spec, record.version_number)
+    return pinned
+
+
+def _projection(message: Any) -> Projection:
+    return Projection(
+        view=message.feature_view_name,
+        name=message.feature_view_name_alias or message.feature_view_name,
+        features=tuple(column.name for column in message.feature_columns),
+        join_key_map=dict(message.join_key_map),
+        version=message.version_tag if message.HasField("version_tag") else None,
+    )
+
+
+def _on_demand_view(spec: Any) -> OnDemandView:
+    sources: list[Projection] = []
+    inputs: list[Feature] = []
+    for source in spec.sources.values():
+        kind = source.WhichOneof("source")
+        if kind == "request_data_source":
+            inputs.extend(_features(source.request_data_source.request_data_options.schema))
+        elif kind == "feature_view_projection":
+            sources.append(_projection(source.feature_view_projection))
+        else:
+            view = source.feature_view.spec
+            sources.append(Projection(view.name, view.name, tuple(f.name for f in view.features), {}))
+    function = spec.feature_transformation.user_defined_function
+    if not function.body_text and not function.body:
+        function = spec.user_defined_function
+    return OnDemandView(
+        name=spec.name,
+        mode=spec.mode or "pandas",
+        singleton=spec.singleton,
+        features=_features(spec.features),
+        # Protobuf maps have no order of their own.
+        sources=tuple(sorted(sources, key=lambda projection: projection.name)),
+        request_inputs=tuple(sorted(inputs, key=lambda feature: feature.name)),
+        function_name=function.name,
+        function_body=function.body,
+        function_source=function.body_text,
+    )
+
+
+def _feature(view: View | OnDemandView, name: str) -> Feature:
+    for feature in view.features:
+        if feature.name == name:
+            return feature
+    known = ", ".join(feature.name for feature in view.features)
+    raise FeatureNotFound(
+        f"Feature view {view.name!r} has no feature {name!r}.", hint=f"Its features: {known}."
+    )

@@ -1,0 +1,70 @@
+"""Settings from the environment: one frozen object, built where a process starts and passed down.
+
+Only what an operator tunes per deployment lives here; what describes the data lives in the Feast
+repository, and what describes a model lives in its manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from core.errors import InvalidSetting
+
+PREFIX = "BANQUET_"
+
+
+class Settings(BaseSettings):
+    """Every ``BANQUET_*`` variable, its type and its default."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    registry_url: str | None = Field(
+        None, description="Model registry: a folder or any fsspec URL; default <state_dir>/models."
+    )
+    state_dir: Path = Field(Path(".banquet"), description="Embedded Redis data, local model registry.")
+    default_model: str | None = Field(
+        None, description="Model that POST /predict serves; default: the only one with a champion."
+    )
+    max_entities: int = Field(10_000, gt=0, description="Entities in one request.")
+    max_body_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Bytes in one request body.")
+    slice_rows: int = Field(256, gt=0, description="Rows handled before other requests get a turn.")
+    redis_connect_timeout_s: float = Field(2.0, gt=0)
+    redis_command_timeout_s: float = Field(2.0, gt=0)
+    redis_max_in_flight: int = Field(1024, gt=0, description="Requests waiting for Redis per worker.")
+    registry_refresh_s: float = Field(
+        2.0, gt=0, description="Seconds between looks for changed definitions and models."
+    )
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @property
+    def models_url(self) -> str:
+        """Where the model registry is: ``registry_url``, else a folder in ``state_dir``."""
+        return self.registry_url or str(self.state_dir / "models")
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the environment.
+
+    Raises:
+        InvalidSetting: a value is out of range or of the wrong type, or a ``BANQUET_*`` variable is unknown.
+    """
+    environ = os.environ if environ is None else environ
+    known = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
+    unknown = sorted(name for name in given if name.upper() not in known)
+    if unknown:
+        raise InvalidSetting(
+            f"Unknown setting: {', '.join(unknown)}.",
+            hint=f"Known settings: {', '.join(sorted(known))}.",
+        )
+    try:
+        return Settings.model_validate({known[name.upper()]: value for name, value in given.items()})
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        name = PREFIX + str(first["loc"][0]).upper()
+        raise InvalidSetting(f"{name} is not valid: {first['msg']} (got {first['input']!r}).") from exc
