@@ -9,7 +9,8 @@ BanquetError
 │   ├── InvalidRepository       feature_store.yaml or the definitions
 │   ├── InvalidModelSpec        the object that `banquet train --spec` names
 │   ├── EntityFrameError        entity rows that a point-in-time join cannot take
-│   └── UnsupportedKeyVersion   entity_key_serialization_version other than 3
+│   ├── UnsupportedKeyVersion   entity_key_serialization_version other than 3
+│   └── InvalidSource           a source that cannot be read or written as its definition says
 ├── NotFound                    a name that does not exist
 │   ├── ModelNotFound
 │   ├── FeatureServiceNotFound
@@ -94,6 +95,10 @@ class EntityFrameError(InvalidInput):
 
 class UnsupportedKeyVersion(InvalidInput):
     """Only entity_key_serialization_version 3 is supported."""
+
+
+class InvalidSource(InvalidInput):
+    """The source cannot be used."""
 
 
 class NotFound(BanquetError):
