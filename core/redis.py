@@ -150,7 +150,7 @@ class RedisAddress:
         from redis.cluster import ClusterNode, RedisCluster
 
         nodes = [ClusterNode(host, port) for host, port in self.hosts]  # type: ignore[no-untyped-call]
-        with self._translated():
+        with self.translated():
             return RedisCluster(startup_nodes=nodes, **arguments)
 
     @contextmanager
@@ -162,13 +162,14 @@ class RedisAddress:
         """
         client = self.client(**overrides)
         try:
-            with self._translated():
+            with self.translated():
                 yield client
         finally:
             client.close()
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
+        """redis-py's errors within the block as Banquet's."""
         from redis import exceptions
 
         try:
