@@ -10,13 +10,16 @@ BanquetError
 │   ├── InvalidModelSpec        the object that `banquet train --spec` names
 │   ├── EntityFrameError        entity rows that a point-in-time join cannot take
 │   ├── UnsupportedKeyVersion   entity_key_serialization_version other than 3
-│   └── InvalidSource           a source that cannot be read or written as its definition says
+│   ├── InvalidSource           a source that cannot be read or written as its definition says
+│   └── InvalidFeatureValue     a feature value that its declared type cannot hold
 ├── NotFound                    a name that does not exist
 │   ├── ModelNotFound
 │   ├── FeatureServiceNotFound
 │   └── FeatureNotFound
 ├── Conflict                    the state on record forbids it
-│   └── NotRedis                something else answers on the configured address
+│   ├── NotRedis                something else answers on the configured address
+│   ├── AlreadyRunning          another run materializes the view
+│   └── LeaseLost               another run took the view over
 ├── CheckFailed                 a check did what it is for: it found something
 │   ├── DatasetMismatch         the offline store returned other rows than it was asked for
 │   └── ModelRejected           a model package that must not serve
@@ -25,6 +28,7 @@ BanquetError
 │       ├── SchemaMismatch
 │       ├── LibraryMismatch
 │       └── GoldenMismatch
+├── CorruptCell                 a stored value is not what Feast would have stored
 ├── RedisReplyError             Redis refused a command (WRONGTYPE and the like)
 ├── OnDemandFailed              an on-demand view's function failed on a row
 └── Unavailable                 a dependency is away; retryable
@@ -101,6 +105,14 @@ class InvalidSource(InvalidInput):
     """The source cannot be used."""
 
 
+class InvalidFeatureValue(InvalidInput):
+    """A feature value cannot be of its declared type."""
+
+
+class CorruptCell(BanquetError):
+    """A value in the online store cannot be decoded."""
+
+
 class NotFound(BanquetError):
     """There is nothing by that name."""
 
@@ -123,6 +135,16 @@ class Conflict(BanquetError):
 
 class NotRedis(Conflict):
     """What listens on the configured address is not Redis."""
+
+
+class AlreadyRunning(Conflict):
+    """Another run is materializing this view."""
+
+    retryable = True
+
+
+class LeaseLost(Conflict):
+    """Another run has taken this view over."""
 
 
 class CheckFailed(BanquetError):

@@ -46,6 +46,8 @@ class Dtype(IntEnum):
     FLOAT_SET = 27
     BOOL_SET = 28
     UNIX_TIMESTAMP_SET = 29
+    PDF_BYTES = 30
+    IMAGE_BYTES = 31
     JSON = 32
     JSON_LIST = 33
     STRUCT = 34

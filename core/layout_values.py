@@ -1,0 +1,547 @@
+"""Feature values that go through protobuf: lists, sets, maps, JSON, zoned timestamps.
+
+One half of ``core.layout`` (scalars are encoded and decoded there by hand). Python values become
+``feast.types.Value`` messages as ``feast.type_map`` makes them, and messages become Python values as
+``OnlineResponse.to_dict()`` gives them, or the JSON that ``feast serve`` answers with. Where Feast 0.67 would
+fail on a value that it could store, this module stores it; ADR 0021 lists these places.
+
+Knows no Redis keys and no columns.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from decimal import Decimal
+from decimal import InvalidOperation as InvalidDecimal
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from core.errors import CorruptCell, InvalidFeatureValue
+from core.feast_protos import Value, value_pb2
+from core.types import Dtype
+
+NULL_TIMESTAMP = -(1 << 63)  # numpy's NaT, which Feast stores for a missing timestamp
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+# Python value -> message
+
+
+def encode(value: Any, dtype: Dtype) -> bytes:
+    """The serialized Value of a Python value; empty for a missing one. Map entries are sorted by key.
+
+    Raises:
+        InvalidFeatureValue: ``value`` cannot be of that type.
+    """
+    if is_missing(value):
+        return b""
+    try:
+        return to_message(value, dtype).SerializeToString(deterministic=True)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError, InvalidDecimal) as exc:
+        raise InvalidFeatureValue(
+            f"A value of type {type(value).__name__} cannot be {dtype.name}: {exc}", dtype=dtype.name
+        ) from exc
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a scalar stands for null: None, NaN, NaT, pandas.NA."""
+    if value is None:
+        return True
+    if isinstance(value, float | Decimal | np.floating):
+        return math.isnan(value)
+    if isinstance(value, np.datetime64):
+        return bool(np.isnat(value))
+    return type(value).__name__ in ("NAType", "NaTType")
+
+
+def to_message(value: Any, dtype: Dtype) -> Any:
+    """The Value message of a Python value that is not missing."""
+    if dtype in _ELEMENTS:
+        kind, message, convert = _ELEMENTS[dtype]
+        return Value(**{kind: message(val=convert(_elements(value, dtype)))})
+    return _BUILDERS[dtype](value)
+
+
+def _elements(value: Any, dtype: Dtype) -> list[Any]:
+    if isinstance(value, bytes | bytearray) and dtype not in (Dtype.BYTES_LIST, Dtype.BYTES_SET):
+        value = json.loads(value)
+    if isinstance(value, np.ndarray):
+        # Nanoseconds would come out of tolist() as plain integers.
+        value = (value.astype("datetime64[us]") if value.dtype.kind == "M" else value).tolist()
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError("a collection is needed")
+    elements = list(value)
+    if not dtype.name.endswith("_SET"):
+        return elements
+    # The order of a set of numbers is Python's own and so Feast's; that of texts changes with every process.
+    if elements and isinstance(elements[0], int | float | bool):
+        return list(set(elements))
+    return list(dict.fromkeys(elements))
+
+
+def _each(convert: Callable[[Any], Any], default: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda elements: [default if element is None else convert(element) for element in elements]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} is no text")
+    return value
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} is no bytes")
+    return value
+
+
+def _integer(value: Any) -> int:
+    return value.__index__()  # type: ignore[no-any-return]
+
+
+def _decimal_text(value: Any) -> str:
+    return str(value) if isinstance(value, Decimal) else _text(value)
+
+
+def _uuid_text(value: Any) -> str:
+    return str(value) if isinstance(value, uuid.UUID) else _text(value)
+
+
+def epoch_seconds(value: Any) -> int:
+    """Seconds since the epoch as Feast stores a timestamp: a naive datetime is UTC, a fraction is dropped."""
+    if isinstance(value, datetime):
+        aware = value.replace(tzinfo=UTC) if value.utcoffset() is None else value
+        return int(aware.timestamp())
+    if isinstance(value, date):
+        return int((value - _EPOCH.date()).total_seconds())
+    if isinstance(value, np.datetime64):
+        return int(value.astype("datetime64[s]").astype(np.int64))
+    return int(value)
+
+
+def _timestamp_element(value: Any) -> int:
+    return NULL_TIMESTAMP if is_missing(value) else epoch_seconds(value)
+
+
+def _json_text(value: Any) -> str:
+    if isinstance(value, str):
+        json.loads(value)
+        return value
+    return json.dumps(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Arrow hands nested values out as numpy arrays, which JSON does not know."""
+    if isinstance(value, np.ndarray):
+        return [_plain(element) for element in value.tolist()]
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+_ELEMENTS: dict[Dtype, tuple[str, Any, Callable[[list[Any]], list[Any]]]] = {}
+for _name, _message, _convert in (
+    ("bytes", "Bytes", _each(_bytes, b"")),
+    ("string", "String", _each(_text, "")),
+    ("int32", "Int32", _each(_integer, 0)),
+    ("int64", "Int64", _each(_integer, 0)),
+    ("double", "Double", _each(float, 0.0)),
+    ("float", "Float", _each(float, 0.0)),
+    ("bool", "Bool", _each(bool, False)),
+    ("unix_timestamp", "Int64", _each(_timestamp_element, NULL_TIMESTAMP)),
+    ("uuid", "String", _each(_uuid_text, "")),
+    ("time_uuid", "String", _each(_uuid_text, "")),
+    ("decimal", "String", _each(_decimal_text, "")),
+    ("json", "String", _each(_json_text, "null")),
+):
+    for _collection in ("List", "Set") if _name != "json" else ("List",):
+        _ELEMENTS[Dtype[f"{_name}_{_collection}".upper()]] = (
+            f"{_name}_{_collection.lower()}_val",
+            getattr(value_pb2, _message + _collection),
+            _convert,
+        )
+
+
+def _map(value: Any) -> Any:
+    message = value_pb2.Map()
+    for key, entry in _mapping(value).items():
+        message.val[_text(key)].CopyFrom(_inferred(entry))
+    return message
+
+
+def _map_list(value: Any) -> Any:
+    if isinstance(value, str | bytes):
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        raise TypeError("a list of maps is needed")
+    return value_pb2.MapList(val=[_map(entry) for entry in value])
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, str | bytes):
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list | np.ndarray) and all(isinstance(item, tuple) for item in value):
+        return dict(value)  # an Arrow map column gives pairs
+    raise TypeError("a mapping is needed")
+
+
+def _scalar_map(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError("a mapping is needed")
+    return value_pb2.ScalarMap(
+        val=[
+            value_pb2.ScalarMapEntry(key=_map_key(key), value=_inferred(entry))
+            for key, entry in value.items()
+        ]
+    )
+
+
+def _map_key(key: Any) -> Any:
+    if isinstance(key, bool | np.bool_):
+        return value_pb2.MapKey(bool_key=bool(key))
+    if isinstance(key, np.int32):
+        return value_pb2.MapKey(int32_key=int(key))
+    if isinstance(key, int | np.integer):
+        return value_pb2.MapKey(int64_key=int(key))
+    if isinstance(key, np.float32):
+        return value_pb2.MapKey(float_key=float(key))
+    if isinstance(key, float):
+        return value_pb2.MapKey(double_key=key)
+    if isinstance(key, uuid.UUID):
+        return value_pb2.MapKey(uuid_key=str(key))
+    if isinstance(key, Decimal):
+        return value_pb2.MapKey(decimal_key=str(key))
+    if isinstance(key, bytes):
+        return value_pb2.MapKey(bytes_key=key)
+    if isinstance(key, datetime):
+        return value_pb2.MapKey(unix_timestamp_key=epoch_seconds(key))
+    raise TypeError(f"{type(key).__name__} is no key of a scalar map")
+
+
+def _nested(value: Any) -> Any:
+    return value_pb2.RepeatedValue(val=[_nested_element(element) for element in value])
+
+
+def _nested_element(value: Any) -> Any:
+    if value is None:
+        return Value()
+    elements = list(value)
+    if any(isinstance(element, list | set | tuple | np.ndarray) for element in elements):
+        return Value(list_val=_nested(elements))
+    return _inferred(elements)
+
+
+def _inferred(value: Any) -> Any:
+    """A value inside a map or a nested collection, whose type Feast takes from the value itself.
+
+    An empty collection is stored as null: it has no type, and no field could hold it.
+    """
+    if is_missing(value):
+        return Value()
+    if isinstance(value, Mapping):
+        keys_are_text = all(isinstance(key, str) for key in value)
+        return to_message(value, Dtype.MAP if keys_are_text else Dtype.SCALAR_MAP)
+    if isinstance(value, list | tuple | set | np.ndarray):
+        if len(value) == 0:
+            return Value()
+        elements = list(value)
+        if isinstance(elements[0], Mapping):
+            return to_message(elements, Dtype.MAP_LIST)
+        types = {_inferred_type(element) for element in elements}
+        if len(types) > 1:
+            raise TypeError("the elements of a list inside a map are of different types")
+        return to_message(value, Dtype[f"{types.pop().name}_{'SET' if isinstance(value, set) else 'LIST'}"])
+    return to_message(value, _inferred_type(value))
+
+
+_INFERRED: tuple[tuple[type | tuple[type, ...], Dtype], ...] = (
+    ((bool, np.bool_), Dtype.BOOL),
+    ((np.int32, np.int16, np.int8, np.uint16, np.uint8), Dtype.INT32),
+    ((int, np.integer), Dtype.INT64),
+    (np.float32, Dtype.FLOAT),
+    ((float, np.floating), Dtype.DOUBLE),
+    (str, Dtype.STRING),
+    (bytes, Dtype.BYTES),
+    ((date, np.datetime64), Dtype.UNIX_TIMESTAMP),
+    (uuid.UUID, Dtype.UUID),
+    (Decimal, Dtype.DECIMAL),
+)
+
+
+def _inferred_type(value: Any) -> Dtype:
+    for types, dtype in _INFERRED:
+        if isinstance(value, types):
+            return dtype
+    raise TypeError(f"a {type(value).__name__} inside it has no Feast type")
+
+
+def _zoned(value: Any) -> Any:
+    if isinstance(value, np.datetime64):
+        value = value.astype("datetime64[us]").item()
+    if not isinstance(value, datetime):
+        raise TypeError("a datetime is needed")
+    return value_pb2.ZonedTimestamp(unix_timestamp=epoch_seconds(value), zone=_zone_name(value.tzinfo))
+
+
+def _zone_name(zone: tzinfo | None) -> str:
+    """The IANA name, else the fixed offset; empty for a naive datetime, which is UTC."""
+    return "" if zone is None else getattr(zone, "key", None) or str(zone)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError("a number is needed")
+    return float(value)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_ | int | np.integer):
+        raise TypeError("a truth value is needed")
+    return bool(value)
+
+
+def _scalar_text(value: Any) -> str:
+    if isinstance(value, np.ndarray | list | tuple | set | Mapping):
+        raise TypeError("a text is needed")
+    return str(value)
+
+
+_BUILDERS: Mapping[Dtype, Callable[[Any], Any]] = {
+    Dtype.BYTES: lambda v: Value(bytes_val=_bytes(v)),
+    Dtype.PDF_BYTES: lambda v: Value(bytes_val=_bytes(v)),
+    Dtype.IMAGE_BYTES: lambda v: Value(bytes_val=_bytes(v)),
+    Dtype.STRING: lambda v: Value(string_val=_scalar_text(v)),
+    Dtype.INT32: lambda v: Value(int32_val=int(v)),
+    Dtype.INT64: lambda v: Value(int64_val=int(v)),
+    Dtype.DOUBLE: lambda v: Value(double_val=_number(v)),
+    Dtype.FLOAT: lambda v: Value(float_val=_number(v)),
+    Dtype.BOOL: lambda v: Value(bool_val=_boolean(v)),
+    Dtype.UNIX_TIMESTAMP: lambda v: Value(unix_timestamp_val=epoch_seconds(v)),
+    Dtype.MAP: lambda v: Value(map_val=_map(v)),
+    Dtype.MAP_LIST: lambda v: Value(map_list_val=_map_list(v)),
+    Dtype.STRUCT: lambda v: Value(struct_val=_map(v)),
+    Dtype.STRUCT_LIST: lambda v: Value(struct_list_val=_map_list(v)),
+    Dtype.JSON: lambda v: Value(json_val=_json_text(v)),
+    Dtype.UUID: lambda v: Value(uuid_val=_uuid_text(v)),
+    Dtype.TIME_UUID: lambda v: Value(time_uuid_val=_uuid_text(v)),
+    Dtype.DECIMAL: lambda v: Value(decimal_val=_decimal_text(v)),
+    Dtype.VALUE_LIST: lambda v: Value(list_val=_nested(v)),
+    Dtype.VALUE_SET: lambda v: Value(set_val=_nested(v)),
+    Dtype.SCALAR_MAP: lambda v: Value(scalar_map_val=_scalar_map(v)),
+    Dtype.ZONED_TIMESTAMP: lambda v: Value(zoned_timestamp_val=_zoned(v)),
+}
+
+
+# Message -> Python value, message -> JSON value
+
+
+def parse(cell: bytes) -> Any:
+    """The Value message of a cell.
+
+    Raises:
+        CorruptCell: the cell is no serialized Value.
+    """
+    try:
+        return Value.FromString(cell)
+    except DecodeError as exc:
+        raise CorruptCell(
+            f"A stored value of {len(cell)} bytes is no Feast value.",
+            hint="Something other than Feast wrote it; materialize the view again.",
+        ) from exc
+
+
+def to_python(message: Any) -> Any:
+    """The Python value of a Value message, as ``OnlineResponse.to_dict()`` gives it; None for a null.
+
+    Raises:
+        CorruptCell: the message holds what no writer of Feast would store, such as the year 300,000.
+    """
+    kind = message.WhichOneof("val")
+    if kind is None:
+        return None
+    try:
+        return _TO_PYTHON[kind](getattr(message, kind))
+    except (ValueError, OverflowError, OSError, InvalidDecimal) as exc:
+        raise CorruptCell(f"A stored {kind.removesuffix('_val')} cannot be decoded: {exc}.") from exc
+
+
+def to_json(message: Any) -> Any:
+    """The JSON value that ``feast serve`` gives for a Value message; None for a null.
+
+    A timestamp is seconds since the epoch, bytes are base64, a number that JSON lacks is the text "NaN",
+    "Infinity" or "-Infinity", a JSON feature stays the text it is, a scalar map is None (Feast's server does
+    not convert it). Unlike there, a missing timestamp is None and not the number that stands for it.
+    """
+    kind = message.WhichOneof("val")
+    return None if kind is None else _TO_JSON[kind](getattr(message, kind))
+
+
+def instant(seconds: int) -> datetime | None:
+    """The UTC datetime of a stored timestamp; None for the number that stands for a missing one."""
+    return None if seconds == NULL_TIMESTAMP else datetime.fromtimestamp(seconds, tz=UTC)
+
+
+def _zoned_instant(message: Any) -> datetime | None:
+    if message.unix_timestamp == NULL_TIMESTAMP:
+        return None
+    return datetime.fromtimestamp(message.unix_timestamp, tz=_zone(message.zone))
+
+
+_OFFSET = re.compile(r"(?:UTC|GMT)?([+-])(\d{2}):?(\d{2})")
+
+
+def _zone(name: str) -> tzinfo:
+    if not name:
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (ValueError, KeyError, OSError):
+        found = _OFFSET.fullmatch(name.strip())
+        if not found:
+            return UTC
+        sign, hours, minutes = found.groups()
+        offset = timedelta(hours=int(hours), minutes=int(minutes))
+        return timezone(-offset if sign == "-" else offset)
+
+
+def _parsed_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _map_key_value(message: Any) -> Any:
+    kind = message.WhichOneof("key")
+    if kind is None:
+        return None
+    value = getattr(message, kind)
+    if kind == "unix_timestamp_key":
+        return instant(value)
+    if kind in ("uuid_key", "time_uuid_key"):
+        return uuid.UUID(value)
+    return Decimal(value) if kind == "decimal_key" else value
+
+
+def _elements_of(convert: Callable[[Any], Any], into: type = list) -> Callable[[Any], Any]:
+    return lambda message: into(convert(element) for element in message.val)
+
+
+def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Feast stores a missing element of a text-like collection as an empty text."""
+    return lambda text: convert(text) if text else None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _null(_: Any) -> None:
+    return None
+
+
+def float_json(value: float) -> float | str:
+    """A float as JSON: NaN and the infinities, which JSON lacks, as texts."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _zoned_json(message: Any) -> str | None:
+    moment = _zoned_instant(message)
+    return None if moment is None else moment.isoformat()
+
+
+def _maps(convert: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    def one(message: Any) -> dict[str, Any]:
+        return {key: convert(value) for key, value in message.val.items()}
+
+    return one, lambda message: [one(entry) for entry in message.val]
+
+
+_python_map, _python_map_list = _maps(to_python)
+_json_map, _json_map_list = _maps(to_json)
+
+_TO_PYTHON: dict[str, Callable[[Any], Any]] = {
+    "null_val": _null,
+    "unix_timestamp_val": instant,
+    "json_val": _parsed_json,
+    "uuid_val": uuid.UUID,
+    "time_uuid_val": uuid.UUID,
+    "decimal_val": Decimal,
+    "zoned_timestamp_val": _zoned_instant,
+    "map_val": _python_map,
+    "struct_val": _python_map,
+    "map_list_val": _python_map_list,
+    "struct_list_val": _python_map_list,
+    "list_val": _elements_of(to_python),
+    "set_val": _elements_of(to_python),
+    "scalar_map_val": lambda m: {_map_key_value(entry.key): to_python(entry.value) for entry in m.val},
+    "json_list_val": _elements_of(_parsed_json),
+}
+_TO_JSON: dict[str, Callable[[Any], Any]] = {
+    "null_val": _null,
+    "bytes_val": _base64,
+    "double_val": float_json,
+    "float_val": float_json,
+    "unix_timestamp_val": lambda seconds: None if seconds == NULL_TIMESTAMP else seconds,
+    "zoned_timestamp_val": _zoned_json,
+    "map_val": _json_map,
+    "struct_val": _json_map,
+    "map_list_val": _json_map_list,
+    "struct_list_val": _json_map_list,
+    "list_val": _elements_of(to_json),
+    "set_val": _elements_of(to_json),
+    "scalar_map_val": _null,
+    "json_list_val": _elements_of(_same),
+}
+_SCALARS = (
+    "bytes",
+    "string",
+    "int32",
+    "int64",
+    "double",
+    "float",
+    "bool",
+    "json",
+    "uuid",
+    "time_uuid",
+    "decimal",
+)
+for _name in _SCALARS:
+    _TO_PYTHON.setdefault(f"{_name}_val", _same)
+    _TO_JSON.setdefault(f"{_name}_val", _same)
+for _name, _to_python, _to_json in (
+    ("bytes", _same, _base64),
+    ("string", _same, _same),
+    ("int32", _same, _same),
+    ("int64", _same, _same),
+    ("double", _same, float_json),
+    ("float", _same, float_json),
+    ("bool", _same, _same),
+    ("unix_timestamp", instant, _same),
+    ("uuid", _or_none(uuid.UUID), _same),
+    ("time_uuid", _or_none(uuid.UUID), _same),
+    ("decimal", _or_none(Decimal), _same),
+):
+    for _collection, _into in (("list", list), ("set", set)):
+        _TO_PYTHON[f"{_name}_{_collection}_val"] = _elements_of(_to_python, _into)
+        _TO_JSON[f"{_name}_{_collection}_val"] = _elements_of(_to_json)
