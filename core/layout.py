@@ -317,7 +317,7 @@ def encode_value(value: Any, dtype: Dtype) -> bytes:
         return b"" if math.isnan(value) else _DOUBLE.pack(0x29, value)
     if dtype is Dtype.STRING and kind is str:
         try:
-            raw = value.encode()
+            raw: bytes = value.encode()
         except UnicodeEncodeError as exc:
             raise InvalidFeatureValue("A text with lone surrogates cannot be stored.") from exc
         return b"\x12" + varint(len(raw)) + raw
