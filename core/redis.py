@@ -195,6 +195,7 @@ class RedisAddress:
         return RedisAccessDenied(
             f"Redis at {self} denies access: {reason.rstrip('.')}.",
             hint="Check username and password in online_store.connection_string, and the user's ACL.",
+            reply=reason,
         )
 
     def reply_error(self, reply: str) -> RedisUnavailable | RedisReplyError:
@@ -204,7 +205,11 @@ class RedisAddress:
             return self.access_denied(reply)
         if code in _PASSING:
             return self.unavailable(reply)
-        return RedisReplyError(f"Redis at {self} refused a command: {reply.rstrip('.')}.")
+        return RedisReplyError(
+            f"Redis at {self} refused a command: {reply.rstrip('.')}.",
+            hint="Set redis_type: redis_cluster in the online_store section." if code == "MOVED" else None,
+            reply=reply,
+        )
 
     def __str__(self) -> str:
         """The connection string with its secrets blotted out."""
@@ -221,7 +226,6 @@ _DENIED = frozenset({"NOAUTH", "WRONGPASS", "NOPERM", "DENIED"})
 # Error replies that pass by themselves: the same command may succeed a moment later.
 _PASSING = frozenset(
     {"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "OOM", "MISCONF"}
-    | {"MOVED", "ASK", "UNBLOCKED"}
 )
 
 
