@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 install: $(READY)  ## Create .venv and install what the lock names
 
 demo: $(READY)  ## Run the main job: real data to an API on 127.0.0.1:8000 (ARGS="--port 9000" for another port)
-	@exec $(BIN)/banquet up $(ARGS)
+	@exec $(BIN)/banquet up --sources demo.sources:build --spec demo.model:repurchase $(ARGS)
 
 test: $(READY)  ## Every test
 	$(BIN)/python -m pytest $(ARGS)
@@ -29,11 +29,12 @@ test: $(READY)  ## Every test
 unit: $(READY)  ## The unit tests: seconds
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
-check: $(READY)  ## Format, lint, types, unit tests
+lint: $(READY)  ## Format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit
+
+check: lint unit  ## Format, lint, types, unit tests
 
 format: $(READY)  ## Format and fix
 	$(BIN)/ruff format .
@@ -43,4 +44,4 @@ lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
-.PHONY: help install demo test unit check format lock
+.PHONY: help install demo test unit lint check format lock

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -24,7 +25,11 @@ Check = Callable[[Any], Any]
 
 
 class EntitySchema:
-    """What an entity row must hold: join keys, never null, and request-time inputs."""
+    """What an entity row must hold: join keys, never null, and request-time inputs.
+
+    An input whose definition has the tag ``default: now`` may be left out; it is then the server's clock in
+    epoch seconds.
+    """
 
     def __init__(
         self, join_keys: Sequence[Field], request_inputs: Sequence[Feature], max_entities: int
@@ -36,6 +41,8 @@ class EntitySchema:
         }
         self._dtypes = {field.name: field.dtype for field in join_keys}
         self._dtypes |= {feature.name: feature.dtype for feature in request_inputs}
+        self._optional = {f.name for f in request_inputs if f.tags.get("default") == "now"}
+        self._required = [name for name in self._dtypes if name not in self._optional]
 
     def columns(self, entities: Any) -> tuple[dict[str, list[Any]], int]:
         """Turn rows ``[{...}, ...]`` or columns ``{name: [...]}`` into checked columns.
@@ -65,13 +72,16 @@ class EntitySchema:
     def _from_rows(self, entities: list[Any]) -> tuple[dict[str, list[Any]], int]:
         rows = len(entities)
         self._check_count(rows)
-        names = self._dtypes
+        now = int(time.time())
+        given = len(self._required)
         try:
-            columns = {name: [row[name] for row in entities] for name in names}
-        except (KeyError, TypeError, IndexError):
+            columns = {name: [row[name] for row in entities] for name in self._required}
+            for name in self._optional:
+                columns[name] = [row.get(name, now) for row in entities]
+            if any(len(row) != given + sum(name in row for name in self._optional) for row in entities):
+                raise self._row_complaint(entities)
+        except (KeyError, TypeError, IndexError, AttributeError):
             raise self._row_complaint(entities) from None
-        if any(len(row) != len(names) for row in entities):
-            raise self._row_complaint(entities)
         return columns, rows
 
     def _row_complaint(self, entities: list[Any]) -> InvalidRequest:
@@ -83,7 +93,7 @@ class EntitySchema:
                     field="entities",
                     row=index,
                 )
-            for name in self._dtypes:
+            for name in self._required:
                 if name not in row:
                     return self._missing(name, index)
             for name in row:
@@ -95,9 +105,10 @@ class EntitySchema:
         for name in entities:
             if name not in self._dtypes:
                 raise self._unknown(name)
-        for name in self._dtypes:
+        for name in self._required:
             if name not in entities:
                 raise self._missing(name)
+        for name in entities:
             if not isinstance(entities[name], list):
                 raise InvalidEntity(
                     f"Column `{name}` is {_describe(entities[name])}, not a list.",
@@ -114,7 +125,10 @@ class EntitySchema:
             )
         rows = next(iter(lengths.values()), 0)
         self._check_count(rows)
-        return {name: entities[name] for name in self._dtypes}, rows
+        columns = dict(entities)
+        for name in self._optional - entities.keys():
+            columns[name] = [int(time.time())] * rows
+        return columns, rows
 
     def _check_count(self, rows: int) -> None:
         if rows == 0:
@@ -145,8 +159,9 @@ class EntitySchema:
                 try:
                     checked.append(check(value))
                 except (TypeError, ValueError, OverflowError, InvalidOperation, binascii.Error):
+                    wanted = _WANTED.get(dtype, dtype.name)
                     raise InvalidEntity(
-                        f"`{name}` in row {row} is {_describe(value)}; it must be {_WANTED.get(dtype, dtype.name)}.",
+                        f"`{name}` in row {row} is {_describe(value)}; it must be {wanted}.",
                         hint=_HINTS.get(dtype),
                         field=name,
                         row=row,
@@ -178,10 +193,20 @@ class EntitySchema:
         )
 
     def _needs(self) -> str:
-        return ", ".join(f"`{name}` ({dtype.name})" for name, dtype in self._dtypes.items()) or "no fields"
+        return (
+            ", ".join(
+                f"`{name}` ({dtype.name}{', optional' if name in self._optional else ''})"
+                for name, dtype in self._dtypes.items()
+            )
+            or "no fields"
+        )
 
     def _example(self) -> str:
-        row = ", ".join(f'"{name}": {_SAMPLES.get(dtype, "...")}' for name, dtype in self._dtypes.items())
+        row = ", ".join(
+            f'"{name}": {_SAMPLES.get(dtype, "...")}'
+            for name, dtype in self._dtypes.items()
+            if name in self._required
+        )
         return f"[{{{row}}}]"
 
 

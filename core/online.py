@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from core import contract, layout
 from core.errors import BanquetError, InvalidRequest, OnDemandFailed
+from core.manifest import ServedFeature, ServiceSchema
 from core.on_demand import OnDemandTransformation
 from core.redis_connection import HashFields, HashReader
 from core.repository import Definitions, Feature, OnDemandView, Projection, View
@@ -67,7 +69,6 @@ class _KeyGroup:
         self.encoder = layout.EntityKeys(project, [Field(name, dtype) for name, (_, dtype) in keys.items()])
         self.slots: list[_ViewSlot] = []
         self._fields: list[bytes] = []
-        self.hash_fields = HashFields(())
 
     def add(self, view: View, name: str, features: Sequence[str]) -> None:
         self.slots.append(
@@ -80,7 +81,11 @@ class _KeyGroup:
         )
         self._fields += [layout.feature_field(view.stored_name, f) for f in features]
         self._fields.append(layout.timestamp_field(view.stored_name))
-        self.hash_fields = HashFields(tuple(self._fields))
+
+    @cached_property
+    def hash_fields(self) -> HashFields:
+        """The HMGET of all fields, complete once every view has been added."""
+        return HashFields(self._fields)
 
     def keys(self, columns: Mapping[str, Sequence[Any]], rows: int) -> tuple[list[bytes], list[int] | None]:
         """The distinct Redis keys, and each row's position among them (None: row i has key i)."""
@@ -100,8 +105,10 @@ class FeaturePlan:
     Attributes:
         names: the requested features, ``view__feature``, in the order of the request.
         dtypes: the declared dtype of each name in ``names``.
+        short_names: each name's feature without its view.
         join_keys: the entity columns a request has to bring.
         request_inputs: the request-time inputs it has to bring, with their expectations in ``tags``.
+        stored_in: the stored view behind each name that is read and not computed.
         ttls_s: each stored view's time to live in seconds, zero for never.
     """
 
@@ -114,6 +121,8 @@ class FeaturePlan:
         """
         self.names: list[str] = []
         self.dtypes: dict[str, Dtype] = {}
+        self.short_names: dict[str, str] = {}
+        self.stored_in: dict[str, str] = {}
         self.ttls_s: dict[str, float] = {}
         self.request_inputs: dict[str, Feature] = {}
         self._definitions = definitions
@@ -129,6 +138,7 @@ class FeaturePlan:
                 name = feature_name(projection.name, feature)
                 self.names.append(name)
                 self.dtypes[name] = view.feature(feature).dtype
+                self.short_names[name] = feature
             if isinstance(view, OnDemandView):
                 on_demand.append((projection, view))
             else:
@@ -171,6 +181,18 @@ class FeaturePlan:
             projections.append(Projection(base, view, (feature,), {}, pinned))
         return cls(definitions, projections)
 
+    def schema(self, service: str) -> ServiceSchema:
+        """What the plan serves, as a model's manifest records it under the name of its service."""
+        return ServiceSchema(
+            service=service,
+            features=tuple(
+                ServedFeature(name, self.dtypes[name], self.ttls_s.get(self.stored_in.get(name, ""), 0.0))
+                for name in self.names
+            ),
+            join_keys=self.join_keys,
+            request_inputs=tuple(Field(f.name, f.dtype) for f in self.request_inputs.values()),
+        )
+
     def _need(self, projection: Projection) -> None:
         known = self._needed.setdefault(projection.name, (projection, {}))
         known[1].update(dict.fromkeys(projection.features))
@@ -199,6 +221,7 @@ class FeaturePlan:
                 group = self._groups[identity] = _KeyGroup(self._definitions.project, keys)
             group.add(view, projection.name, list(features))
             self.ttls_s[projection.name] = view.ttl.total_seconds()
+            self.stored_in |= {feature_name(projection.name, f): projection.name for f in features}
 
     def _add_transformation(self, name: str, view: OnDemandView) -> None:
         if name in self._transformations:

@@ -30,12 +30,15 @@ class Settings(BaseSettings):
     default_model: str | None = Field(
         None, description="Model that POST /predict serves; default: the only one with a champion."
     )
+    features_only: bool = Field(False, description="Be ready without a model, as a feature server.")
+    api_keys: str = Field("", description="Bearer keys, separated by commas; empty: no key is needed.")
     max_entities: int = Field(10_000, gt=0, description="Entities in one request.")
     max_body_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Bytes in one request body.")
     slice_rows: int = Field(256, gt=0, description="Rows handled before other requests get a turn.")
-    redis_connect_timeout_s: float = Field(2.0, gt=0)
-    redis_command_timeout_s: float = Field(2.0, gt=0)
-    redis_max_in_flight: int = Field(1024, gt=0, description="Requests waiting for Redis per worker.")
+    redis_timeout_s: float = Field(
+        2.0, gt=0, description="Seconds for connecting and for a command, unless the connection string says."
+    )
+    redis_max_in_flight: int = Field(50_000, gt=0, description="Redis commands under way per worker.")
     registry_refresh_s: float = Field(
         2.0, gt=0, description="Seconds between looks for changed definitions and models."
     )

@@ -1,0 +1,80 @@
+"""The ``banquet`` command: options that all commands share, and how errors reach the terminal.
+
+Imports nothing heavy: each command imports what it runs, so that ``--help`` answers at once.
+Exit codes: 0 done, 1 a check failed or something is away, 2 the call or the repository is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from core.errors import BanquetError, InvalidInput, NotFound
+
+
+class Context:
+    """What every command gets: where the repository is, and how to report."""
+
+    def __init__(self, repo: Path, as_json: bool) -> None:
+        self.repo = repo
+        self.as_json = as_json
+
+    def say(self, message: str) -> None:
+        """A line of progress, on stderr so that stdout stays the result."""
+        click.echo(message, err=True)
+
+    def report(self, data: Any, text: str) -> None:
+        """The result: ``data`` as JSON when asked for, else ``text``."""
+        click.echo(json.dumps(data, indent=2, default=str) if self.as_json else text)
+
+
+class _Group(click.Group):
+    """Lists commands in the order they are used, and turns Banquet's errors into messages."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 — click's signature
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BanquetError as error:
+            as_json = isinstance(ctx.obj, Context) and ctx.obj.as_json
+            show(error, as_json=as_json)
+            sys.exit(2 if isinstance(error, InvalidInput | NotFound) else 1)
+
+
+def show(error: BanquetError, *, as_json: bool = False) -> None:
+    """Print an error with its code and the way out, on stderr."""
+    if as_json:
+        body = {"code": error.code, "detail": error.message, "hint": error.hint, **error.details}
+        click.echo(json.dumps(body, default=str), err=True)
+        return
+    click.secho(f"Error ({error.code}): ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.message, err=True)
+    if error.hint:
+        click.echo(f"  {error.hint}", err=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--repo",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("feature_repo"),
+    show_default=True,
+    help="The Feast repository: the folder with feature_store.yaml.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
+@click.version_option(package_name="feast-banquet", prog_name="banquet")
+@click.pass_context
+def main(ctx: click.Context, repo: Path, as_json: bool) -> None:
+    """Serve models on Feast features: one definition for training and serving."""
+    ctx.obj = Context(repo, as_json)
+
+
+from cli import features, models, operations  # noqa: E402 — commands register themselves on `main`
+
+__all__ = ["features", "main", "models", "operations"]

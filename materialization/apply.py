@@ -1,0 +1,125 @@
+"""`feast apply` with its plan known first, and guards that refuse what would corrupt the online store."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import InvalidRepository
+from core.layout import colliding_fields
+from core.repository import FeastRepository
+
+_ACTIONS = {"CREATE": "added", "UPDATE": "changed", "DELETE": "removed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One object that the plan adds, changes or removes; ``details`` names the properties that change."""
+
+    action: str
+    kind: str
+    name: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyPlan:
+    """What an apply would do. ``contents`` is Feast's own parsed repository."""
+
+    changes: tuple[Change, ...]
+    contents: Any
+
+
+def plan(repository: FeastRepository) -> ApplyPlan:
+    """Compare the definitions in the repository with the registry.
+
+    Raises:
+        InvalidRepository: a definition cannot be imported or is refused by Feast, or two features of one
+            entity would share a hash field.
+    """
+    from feast.repo_operations import _get_repo_contents
+
+    store = repository.store()
+    with _inside(repository.path):
+        try:
+            contents = _get_repo_contents(repository.path, repository.project, store.config)
+            _refuse_colliding_features(contents)
+            registry_diff, _, _ = store.plan(contents)
+        except (SystemExit, InvalidRepository):
+            raise
+        except Exception as exc:
+            # The definitions are the user's code; whatever they raise is what they need to read.
+            raise InvalidRepository(
+                f"The definitions in {repository.path} cannot be applied: {type(exc).__name__}: {exc}",
+                hint="Correct them; `feast plan` in that folder shows the traceback.",
+            ) from exc
+    changes = [
+        Change(
+            action=_ACTIONS[diff.transition_type.name],
+            kind=diff.feast_object_type.value,
+            name=diff.name,
+            details=tuple(p.property_name for p in diff.feast_object_property_diffs),
+        )
+        for diff in registry_diff.feast_object_diffs
+        if diff.transition_type.name in _ACTIONS and not diff.name.startswith("__dummy")
+    ]
+    return ApplyPlan(tuple(changes), contents)
+
+
+def apply(repository: FeastRepository, planned: ApplyPlan) -> None:
+    """Carry out a plan.
+
+    Raises:
+        InvalidRepository: a source does not exist or Feast refuses an object.
+    """
+    from feast.repo_operations import extract_objects_for_apply_delete
+
+    store = repository.store()
+    with _inside(repository.path):
+        try:
+            provider = store._get_provider()
+            for view in planned.contents.feature_views:
+                if view.batch_source is not None:
+                    provider.validate_data_source(store.config, view.batch_source)
+            to_apply, to_delete, _, _ = extract_objects_for_apply_delete(
+                repository.project, store.registry, planned.contents
+            )
+            store.apply(to_apply, objects_to_delete=to_delete, partial=False)
+        except Exception as exc:
+            raise InvalidRepository(
+                f"Feast could not apply the definitions: {type(exc).__name__}: {exc}",
+                hint="Check that the sources exist and the online store answers.",
+            ) from exc
+
+
+@contextlib.contextmanager
+def _inside(path: Path) -> Iterator[None]:
+    """Feast imports definitions as top-level modules of the working directory and prints as it goes."""
+    added = str(path) not in sys.path
+    if added:
+        sys.path.insert(0, str(path))
+    try:
+        with contextlib.chdir(path), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if added:
+            sys.path.remove(str(path))
+
+
+def _refuse_colliding_features(contents: Any) -> None:
+    by_entities: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for view in [*contents.feature_views, *contents.stream_feature_views]:
+        pairs = by_entities.setdefault(tuple(sorted(view.entities)), [])
+        pairs += [(view.name, feature.name) for feature in view.features]
+    for pairs in by_entities.values():
+        for group in colliding_fields(pairs):
+            names = " and ".join(f"{view}:{feature}" for view, feature in group)
+            raise InvalidRepository(
+                f"{names} have the same 32-bit hash field and would overwrite each other in Redis.",
+                hint="Rename one of them.",
+            )

@@ -1,0 +1,182 @@
+"""The OpenAPI descriptions of the hot routes, whose bodies FastAPI does not parse itself.
+
+Every example here is sent to a running server by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PROBLEM = {
+    "description": "What was wrong, with the field and the way out (RFC 9457).",
+    "content": {
+        "application/problem+json": {
+            "schema": {
+                "type": "object",
+                "required": ["type", "title", "status", "detail", "code", "request_id", "error"],
+                "properties": {
+                    "type": {"type": "string"},
+                    "title": {"type": "string"},
+                    "status": {"type": "integer"},
+                    "detail": {"type": "string"},
+                    "code": {"type": "string"},
+                    "hint": {"type": "string"},
+                    "field": {"type": "string"},
+                    "row": {"type": "integer"},
+                    "request_id": {"type": "string"},
+                    "error": {"type": "string"},
+                },
+            },
+            "example": {
+                "type": "about:blank",
+                "title": "Unprocessable Entity",
+                "status": 422,
+                "detail": '`user_id` in row 0 is a string, "12"; it must be a 64-bit integer (Int64).',
+                "code": "invalid_entity",
+                "request_id": "01KAT2Z1M8K3V5W6QZ0A1B2C3D",
+                "error": '`user_id` in row 0 is a string, "12"; it must be a 64-bit integer (Int64).',
+                "hint": "Send it as a bare JSON integer, such as 12.",
+                "field": "user_id",
+                "row": 0,
+                "expected": "INT64",
+            },
+        }
+    },
+}
+_UNAVAILABLE = {**_PROBLEM, "description": "Redis or the model is away; try again after Retry-After seconds."}
+
+_ENTITIES = {
+    "oneOf": [
+        {"type": "array", "items": {"type": "object"}, "minItems": 1, "description": "Rows."},
+        {
+            "type": "object",
+            "additionalProperties": {"type": "array"},
+            "description": "Columns of equal length.",
+        },
+    ]
+}
+
+_PREDICTIONS = {
+    "description": "One entry per entity, in the order of the request.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "model_name": {"type": "string"},
+                    "model_version": {"type": "integer"},
+                    "variant": {"type": "string"},
+                    "request_id": {"type": "string"},
+                    "predictions": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "properties": {
+                                "entity": {"type": "object"},
+                                "prediction": {},
+                                "confidence": {
+                                    "type": ["number", "null"],
+                                    "description": "Probability of the predicted class; null without one.",
+                                },
+                                "missing": {
+                                    "type": "object",
+                                    "additionalProperties": {
+                                        "enum": ["NULL_VALUE", "NOT_FOUND", "OUTSIDE_MAX_AGE"]
+                                    },
+                                },
+                                "features": {"type": "object", "description": "With `explain` only."},
+                                "error": {"type": "object", "description": "In place of a prediction."},
+                            },
+                        },
+                    },
+                },
+            }
+        }
+    },
+}
+
+_PREDICT_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["entities"],
+                "additionalProperties": False,
+                "properties": {
+                    "entities": _ENTITIES,
+                    "explain": {"type": "boolean", "default": False},
+                },
+            },
+            "examples": {
+                "rows": {
+                    "summary": "Rows",
+                    "value": {"entities": [{"user_id": 1}, {"user_id": 99999999}]},
+                },
+                "columns": {"summary": "Columns", "value": {"entities": {"user_id": [1, 99999999]}}},
+                "explained": {
+                    "summary": "With the feature values used",
+                    "value": {"entities": [{"user_id": 1}], "explain": True},
+                },
+            },
+        }
+    },
+}
+
+_RESPONSES = {"200": _PREDICTIONS, "404": _PROBLEM, "422": _PROBLEM, "503": _UNAVAILABLE}
+
+PREDICT: dict[str, Any] = {
+    "operationId": "predict",
+    "summary": "Predict by entity ID",
+    "description": "Fetches the features of each entity and predicts with the default model's champion.",
+    "tags": ["predictions"],
+    "requestBody": _PREDICT_BODY,
+    "responses": _RESPONSES,
+}
+
+PREDICT_WITH: dict[str, Any] = {
+    **PREDICT,
+    "operationId": "predict_with",
+    "summary": "Predict by entity ID with a named model",
+    "description": "Fetches the features of each entity and predicts with the named model's champion.",
+    "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
+}
+
+ONLINE_FEATURES: dict[str, Any] = {
+    "operationId": "get_online_features",
+    "summary": "Read online features",
+    "description": "Feast's own feature-server API; statuses say what is missing or expired.",
+    "tags": ["features"],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["entities"],
+                    "properties": {
+                        "feature_service": {"type": "string"},
+                        "features": {"type": "array", "items": {"type": "string"}},
+                        "entities": {"type": "object", "additionalProperties": {"type": "array"}},
+                        "full_feature_names": {"type": "boolean", "default": False},
+                    },
+                },
+                "examples": {
+                    "references": {
+                        "summary": "By feature references",
+                        "value": {
+                            "features": ["user_behavior:purchase_amount_30d", "user_demographics:age"],
+                            "entities": {"user_id": [1, 99999999]},
+                        },
+                    }
+                },
+            }
+        },
+    },
+    "responses": {
+        "200": {"description": "One result per name in metadata.feature_names."},
+        "404": _PROBLEM,
+        "422": _PROBLEM,
+        "503": _UNAVAILABLE,
+    },
+}

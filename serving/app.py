@@ -1,0 +1,148 @@
+"""The ASGI application: FastAPI as the face, hot routes answered before it.
+
+``create_app`` takes everything it needs; ``serving.server`` decides where that comes from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from core.registry import ModelRegistry
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from core.errors import BanquetError
+from core.redis_connection import HashReader
+from core.repository import FeastRepository
+from core.settings import Settings
+from serving import api_docs
+from serving.access import AccessPolicy
+from serving.catalog import Catalog
+from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send
+from serving.features import OnlineFeaturesEndpoint
+from serving.metrics import RequestMetrics
+from serving.predictions import PredictEndpoint
+from serving.problems import CONTENT_TYPE, MethodNotAllowed, RouteNotFound, problem
+
+log = logging.getLogger("banquet.serving")
+
+
+class _Answer(Response):
+    """Lets the gateway answer a request that FastAPI's router has matched."""
+
+    def __init__(self, gateway: Gateway, route: str, endpoint: Endpoint) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._route = route
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
+        await self._gateway.answer(self._route, self._endpoint, scope, receive, send)
+
+
+def create_app(
+    repository: FeastRepository, registry: ModelRegistry, connection: HashReader, settings: Settings
+) -> App:
+    """The application of one worker.
+
+    ``connection`` is opened when the application starts and closed when it stops.
+    """
+    metrics = RequestMetrics()
+    access = AccessPolicy([key.strip() for key in settings.api_keys.split(",") if key.strip()])
+    gateway = Gateway(max_body_bytes=settings.max_body_bytes, access=access, metrics=metrics)
+    catalog = Catalog(repository, registry, connection, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await connection.connect()
+        except BanquetError as exc:
+            # Not a reason to die: the connection keeps trying, and /readyz says why it is not ready.
+            log.warning("%s", exc)
+        await catalog.start()
+        try:
+            yield
+        finally:
+            await catalog.stop()
+            await connection.close()
+
+    app = FastAPI(
+        title="Banquet",
+        version=version("feast-banquet"),
+        summary=f"Features and predictions by entity ID for the Feast project {repository.project!r}.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    predict = PredictEndpoint(catalog)
+    features = OnlineFeaturesEndpoint(catalog)
+
+    def route(path: str, make: Callable[..., Endpoint], docs: dict[str, Any]) -> None:
+        async def answer(request: Request) -> Response:
+            return _Answer(gateway, path, make(**request.path_params))
+
+        app.add_api_route(path, answer, methods=["POST"], name=docs["operationId"], openapi_extra=docs)
+
+    route("/predict", lambda: predict, api_docs.PREDICT)
+    route("/models/{name}/predict", lambda name: PredictEndpoint(catalog, name), api_docs.PREDICT_WITH)
+    route("/get-online-features", lambda: features, api_docs.ONLINE_FEATURES)
+
+    @app.get("/livez", tags=["operations"], summary="Whether the process answers")
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get(
+        "/readyz",
+        tags=["operations"],
+        summary="Whether Redis answers and a model is loaded",
+        responses={503: {"description": "Not ready; the body says why."}},
+    )
+    async def readyz(request: Request) -> Response:
+        try:
+            await catalog.check_ready()
+        except BanquetError as exc:
+            return _problem(exc, request, status=503)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/health", tags=["operations"], summary="What this server serves")
+    async def health() -> dict[str, Any]:
+        return {
+            "status": "ok",
+            "project": repository.project,
+            "models": {
+                name: {"version": served.version, "form": served.model.manifest.compiled.form}
+                for name, served in sorted(catalog.models.items())
+            },
+        }
+
+    @app.get("/metrics", tags=["operations"], summary="Prometheus metrics", include_in_schema=False)
+    async def metrics_text() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _problem(exc: Exception, request: Request, status: int | None = None) -> Response:
+        identity = request.headers.get("x-request-id") or gateway.request_ids.next()
+        code, payload = problem(exc, identity)
+        headers = {"x-request-id": identity, **({"retry-after": "1"} if 503 in (code, status) else {})}
+        return Response(payload, status or code, headers=headers, media_type=CONTENT_TYPE.decode())
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, exc: HTTPException) -> Response:
+        path = request.url.path
+        if exc.status_code == 405:
+            allowed = (exc.headers or {}).get("Allow", "")
+            return _problem(
+                MethodNotAllowed(f"{path} does not take {request.method}.", hint=f"Use {allowed}."), request
+            )
+        return _problem(
+            RouteNotFound(f"There is nothing at {path}.", hint="The routes are listed at /docs."), request
+        )
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, exc: Exception) -> Response:
+        return _problem(exc, request)
+
+    return HotRoutes(app, gateway, {"/predict": predict, "/get-online-features": features})

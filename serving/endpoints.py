@@ -1,0 +1,140 @@
+"""The seam between HTTP and what answers: raw ASGI for the routes that must be fast.
+
+FastAPI stays the face (routing, OpenAPI, everything that is not hot); an ``Endpoint`` takes a body and
+returns JSON bytes, and the same ``Gateway`` runs it whether the request came through FastAPI's router or
+straight from the server. Everything every request needs happens here once: credentials, content type,
+size limit, request id, errors, metrics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from core.errors import BanquetError
+from serving.access import AccessPolicy
+from serving.metrics import RequestMetrics
+from serving.problems import CONTENT_TYPE as PROBLEM
+from serving.problems import BodyTooLarge, UnsupportedMediaType, problem
+from serving.request_ids import RequestIds
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+_JSON = b"application/json"
+_RETRY_AFTER_S = b"1"
+
+
+class Endpoint(Protocol):
+    """One operation: a body in, a JSON body out; errors are raised."""
+
+    async def __call__(self, body: bytes, request_id: str) -> bytes: ...
+
+
+class Gateway:
+    """Runs endpoints for requests."""
+
+    def __init__(self, *, max_body_bytes: int, access: AccessPolicy, metrics: RequestMetrics) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._access = access
+        self._metrics = metrics
+        self.request_ids = RequestIds()
+
+    async def answer(
+        self, route: str, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Read the request, run the endpoint, send its answer or the problem it raised."""
+        started = time.perf_counter()
+        content_type = credentials = request_id = None
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                content_type = value
+            elif name == b"authorization":
+                credentials = value
+            elif name == b"x-request-id":
+                request_id = value
+        identity = _given(request_id) or self.request_ids.next()
+        status, kind = 200, _JSON
+        try:
+            self._access.check(credentials)
+            if scope["method"] == "POST":
+                _check_content_type(content_type)
+                body = await self._read(receive)
+            else:
+                body = b""
+            payload = await endpoint(body, identity)
+        except BanquetError as exc:
+            status, payload = problem(exc, identity)
+            kind = PROBLEM
+        except Exception as exc:  # noqa: BLE001 — the last line: nothing may leak, nothing may go unanswered
+            status, payload = problem(exc, identity)
+            kind = PROBLEM
+        headers = [
+            (b"content-type", kind),
+            (b"content-length", b"%d" % len(payload)),
+            (b"x-request-id", identity.encode("latin-1")),
+        ]
+        if status == 503:
+            headers.append((b"retry-after", _RETRY_AFTER_S))
+        elif status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        self._metrics.observe(route, status, time.perf_counter() - started)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": payload})
+
+    async def _read(self, receive: Receive) -> bytes:
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            parts, size = [body], len(body)
+            while message.get("more_body") and size <= self._max_body_bytes:
+                message = await receive()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+            body = b"".join(parts)
+        if len(body) > self._max_body_bytes:
+            raise BodyTooLarge(
+                f"The request body is larger than {self._max_body_bytes} bytes.",
+                hint="Send fewer entities at once, or raise BANQUET_MAX_BODY_BYTES.",
+                limit=self._max_body_bytes,
+            )
+        return body
+
+
+class HotRoutes:
+    """Answers exact POST paths straight from the server and hands everything else to ``app``."""
+
+    def __init__(self, app: App, gateway: Gateway, endpoints: Mapping[str, Endpoint]) -> None:
+        self._app = app
+        self._gateway = gateway
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"]
+            endpoint = self._endpoints.get(path)
+            if endpoint is not None:
+                await self._gateway.answer(path, endpoint, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _check_content_type(value: bytes | None) -> None:
+    if value is None or not value.lower().startswith(_JSON):
+        shown = "none" if value is None else value.decode("latin-1")
+        raise UnsupportedMediaType(
+            f"The content type is {shown}; it must be application/json.",
+            hint="Send the header `Content-Type: application/json`.",
+            field="content-type",
+        )
+
+
+def _given(request_id: bytes | None) -> str | None:
+    """A caller's own id, if it is short and printable enough to go back into a header and a log."""
+    if request_id is None or len(request_id) > 128:
+        return None
+    text = request_id.decode("latin-1")
+    return text if text.isascii() and text.isprintable() and text else None

@@ -1,0 +1,81 @@
+"""Prometheus metrics of the server. The only module that names them."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class RequestMetrics:
+    """What every request leaves behind: a count by route and status, and a latency."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self._requests = Counter(
+            "banquet_requests", "Requests answered.", ["route", "status"], registry=self.registry
+        )
+        self._latency = Histogram(
+            "banquet_request_seconds",
+            "Seconds from the first byte read to the answer.",
+            ["route"],
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._rows = Counter(
+            "banquet_predictions", "Rows predicted.", ["model", "version"], registry=self.registry
+        )
+        self._statuses = Counter(
+            "banquet_feature_values",
+            "Feature values that were not PRESENT.",
+            ["feature", "status"],
+            registry=self.registry,
+        )
+        self._refresh_failures = Counter(
+            "banquet_refresh_failures",
+            "Failed refreshes; the old state stays.",
+            ["what"],
+            registry=self.registry,
+        )
+        self._versions = Gauge(
+            "banquet_model_version", "Version that serves.", ["model", "alias"], registry=self.registry
+        )
+        self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._row_children: dict[tuple[str, int], Counter] = {}
+        self._status_children: dict[tuple[str, str], Counter] = {}
+
+    def observe(self, route: str, status: int, seconds: float) -> None:
+        """Count one answered request."""
+        child = self._children.get((route, status))
+        if child is None:
+            child = self._requests.labels(route, str(status)), self._latency.labels(route)
+            self._children[route, status] = child
+        child[0].inc()
+        child[1].observe(seconds)
+
+    def predicted(self, model: str, version: int, rows: int) -> None:
+        """Count predicted rows."""
+        child = self._row_children.get((model, version))
+        if child is None:
+            child = self._row_children[model, version] = self._rows.labels(model, str(version))
+        child.inc(rows)
+
+    def missing(self, feature: str, status: str, values: int) -> None:
+        """Count feature values that were not PRESENT."""
+        child = self._status_children.get((feature, status))
+        if child is None:
+            child = self._status_children[feature, status] = self._statuses.labels(feature, status)
+        child.inc(values)
+
+    def refresh_failed(self, what: str) -> None:
+        """Count a background refresh that failed."""
+        self._refresh_failures.labels(what).inc()
+
+    def serving(self, model: str, alias: str, version: int) -> None:
+        """Record which version an alias serves."""
+        self._versions.labels(model, alias).set(version)
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        found: bytes = generate_latest(self.registry)
+        return found

@@ -1,0 +1,150 @@
+"""From entity columns to predictions: read, build the matrix, predict, for many requests at once.
+
+Knows no HTTP. A batch never mixes models; requests that arrive together share one Redis round trip and
+one predict call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from core.model import LoadedModel
+
+from core.entities import EntitySchema
+from core.errors import BanquetError, InvalidEntity
+from core.online import FeaturePlan, FeatureVectors, OnlineReader
+from core.types import FeatureStatus
+from serving.batching import ColumnBatcher, Columns, Finished
+from serving.metrics import RequestMetrics
+
+# A predict call that takes longer than this runs in a thread, so that other requests get their turn.
+_INLINE_PREDICT_S = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The outcome for one request's rows, by column.
+
+    ``predictions[i]`` and ``confidences[i]`` mean nothing where ``errors`` has row i.
+    """
+
+    vectors: FeatureVectors
+    predictions: Sequence[Any]
+    confidences: Sequence[float | None]
+    errors: dict[int, BanquetError]
+
+    def missing(self) -> list[tuple[str, list[FeatureStatus]]]:
+        """The columns in which some value is not PRESENT, with the status of each row."""
+        return [(name, statuses) for name, statuses in self.vectors.statuses.items() if statuses]
+
+    def slice(self, start: int, stop: int) -> Answer:
+        """The rows from ``start`` to before ``stop``."""
+        return Answer(
+            self.vectors.slice(start, stop),
+            self.predictions[start:stop],
+            self.confidences[start:stop],
+            {row - start: error for row, error in self.errors.items() if start <= row < stop},
+        )
+
+
+class ServedFeatures:
+    """One plan, read for many requests at once."""
+
+    def __init__(
+        self, plan: FeaturePlan, reader: OnlineReader, *, max_entities: int, slice_rows: int
+    ) -> None:
+        self.plan = plan
+        self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
+        self._reader = reader
+        self._batcher: ColumnBatcher[FeatureVectors] = ColumnBatcher(self._run, slice_rows=slice_rows)
+
+    async def read(
+        self, columns: Columns, rows: int, finish: Callable[[FeatureVectors, Columns], Finished]
+    ) -> list[Finished]:
+        """Read ``rows`` checked entities; ``finish`` is called with each slice's vectors and columns.
+
+        Raises as ``OnlineReader.read`` does.
+        """
+        return await self._batcher.run(columns, rows, finish)
+
+    async def _run(self, columns: Columns, rows: int) -> FeatureVectors:
+        return await self._reader.read(self.plan, columns, rows)
+
+
+class ServedModel:
+    """One loaded version together with the plan that feeds it."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        plan: FeaturePlan,
+        reader: OnlineReader,
+        metrics: RequestMetrics,
+        *,
+        max_entities: int,
+        slice_rows: int,
+    ) -> None:
+        self.name = model.manifest.name
+        self.version = model.manifest.version
+        self.model = model
+        self.plan = plan
+        self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
+        self._reader = reader
+        self._metrics = metrics
+        self._seconds_per_row = 0.0
+        self._batcher: ColumnBatcher[Answer] = ColumnBatcher(self._run, slice_rows=slice_rows)
+
+    async def predict(
+        self, columns: Columns, rows: int, finish: Callable[[Answer, Columns], Finished]
+    ) -> list[Finished]:
+        """Predict ``rows`` checked entities; ``finish`` is called with each slice's answer and columns.
+
+        Raises:
+            RedisUnavailable: Redis did not answer.
+            Overloaded: too many reads are waiting.
+        """
+        return await self._batcher.run(columns, rows, finish)
+
+    async def _run(self, columns: Columns, rows: int) -> Answer:
+        vectors = await self._reader.read(self.plan, columns, rows)
+        answer = await self._predict(vectors)
+        self._metrics.predicted(self.name, self.version, rows)
+        for name, statuses in answer.missing():
+            for status in set(statuses) - {FeatureStatus.PRESENT}:
+                self._metrics.missing(name, status.name, statuses.count(status))
+        return answer
+
+    async def _predict(self, vectors: FeatureVectors) -> Answer:
+        matrix = self.model.matrix(vectors.values, vectors.rows)
+        errors = dict(vectors.errors)
+        for row, features in self.model.rejected(vectors.values, vectors.rows).items():
+            statuses = {
+                name: (vectors.statuses[name] or [])[row].name for name in features if vectors.statuses[name]
+            }
+            errors.setdefault(
+                row,
+                InvalidEntity(
+                    f"The model does not predict without {', '.join(features)}.",
+                    hint="Its missing-value policy for these features is `reject`.",
+                    missing=statuses,
+                ),
+            )
+        if vectors.rows * self._seconds_per_row > _INLINE_PREDICT_S:
+            predicted = await asyncio.get_running_loop().run_in_executor(None, self.model.predict, matrix)
+        else:
+            started = time.perf_counter()
+            predicted = self.model.predict(matrix)
+            taken = (time.perf_counter() - started) / vectors.rows
+            # Forgetting slowly keeps one slow call, a garbage collection say, from moving all into threads.
+            self._seconds_per_row += 0.05 * (taken - self._seconds_per_row)
+        confidences = predicted.confidences
+        return Answer(
+            vectors,
+            predicted.labels,
+            confidences if confidences is not None else [None] * vectors.rows,
+            errors,
+        )

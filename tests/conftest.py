@@ -1,0 +1,45 @@
+"""Fixtures that start real components: a Valkey server, and a small Feast repository applied to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Valkey server on a free port for the whole session; tests keep apart by project name."""
+    from tests.support.valkey import Valkey
+
+    with Valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shop(valkey: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shop repository, applied and materialized by stock Feast's own code."""
+    from contextlib import chdir
+    from datetime import timedelta
+
+    from core.repository import FeastRepository
+    from materialization import apply
+    from tests.support import shop
+
+    path = shop.write(tmp_path_factory.mktemp("shop"), valkey.connection_string)
+    repository = FeastRepository.open(path)
+    apply.apply(repository, apply.plan(repository))
+    with chdir(path):
+        repository.store().materialize(shop.NOW - timedelta(days=500), shop.NOW)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[Coroutine[Any, Any, T]], T]:
+    """Run a coroutine to its end."""
+    return asyncio.run
