@@ -30,6 +30,7 @@ from core.types import FeatureStatus
 _NANOSECOND_TYPES = {"TIMESTAMP_NS", "TIMESTAMPTZ_NS"}
 _ZONED_TYPES = {"TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS"}
 _NAIVE_TYPES = {"TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS"}
+_CAST_TO_TIMESTAMP = {"VARCHAR", "DATE", '"NULL"'}
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -121,7 +122,7 @@ def epoch(expression: str, kind: str, unit: str) -> str:
     Raises:
         InvalidSource: ``kind`` is no time.
     """
-    if kind in {"VARCHAR", "DATE"}:
+    if kind in _CAST_TO_TIMESTAMP:
         expression, kind = _as_timestamp(expression, kind)
     if kind in _NANOSECOND_TYPES:
         nanoseconds = f"epoch_ns({expression})"
@@ -247,7 +248,7 @@ class _Join:
             newest = f"max(row(t, c)) OVER ({by} ORDER BY greatest(t, c))"
             source = (
                 f"SELECT * REPLACE (newest[1] AS t, newest[2] AS c) FROM "
-                f"(SELECT *, greatest(t, c) AS known, {newest} AS newest FROM ({source}))"
+                f"(SELECT *, greatest(t, c) AS known, {newest} AS newest FROM ({source}) WHERE c IS NOT NULL)"
             )
         expired = f"s.t < e.{self.upper}::HUGEINT - {self.ttl}" if self.ttl else "false"
         self.con.execute(
@@ -352,7 +353,7 @@ def within(expression: str, kind: str, start: int | None, end: int | None) -> st
     no bound. A null time is outside.
     """
     conditions = [f"{expression} IS NOT NULL"]
-    if kind in {"VARCHAR", "DATE"}:
+    if kind in _CAST_TO_TIMESTAMP:
         expression, kind = _as_timestamp(expression, kind)
     reach = 9_000_000_000_000_000 if kind in _NANOSECOND_TYPES else 1 << 60
     for operator, bound in ((">=", start), ("<=", end)):

@@ -113,7 +113,20 @@ def scan(con: duckdb.DuckDBPyConnection, source: DataSource, repo_path: Path | s
     location = resolve(source.path, repo_path)
     if isinstance(source.file_format, DeltaFormat):
         return _scan_delta(con, source, location)
-    files = local_files(location) if "://" not in location else _register_remote(con, source, location)
+    files = _register_remote(con, source, location) if "://" in location else local_files(location)
+    return _scan_files(con, files, location)
+
+
+def scan_parquet(con: duckdb.DuckDBPyConnection, location: str) -> Scan:
+    """The Parquet files that an absolute local path, folder or glob names.
+
+    Raises:
+        InvalidSource: there are none, or they cannot be read.
+    """
+    return _scan_files(con, local_files(location), location)
+
+
+def _scan_files(con: duckdb.DuckDBPyConnection, files: Sequence[str], location: str) -> Scan:
     if not files:
         raise InvalidSource(f"{location} holds no Parquet file.", hint="Check the path of the FileSource.")
     options = ", union_by_name=true" if len(files) > 1 else ""
