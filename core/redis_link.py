@@ -277,7 +277,7 @@ class Dialler:
         answers = await asyncio.gather(
             *(link.send(hiredis.pack_command(word), 1) for word in words), return_exceptions=True
         )
-        if link.reason is not None:
+        if isinstance(link.reason, NotRedis):
             raise link.reason
         for word, answer in zip(words, answers, strict=True):
             if isinstance(answer, BaseException):
