@@ -505,7 +505,10 @@ def _decode(cell: bytes) -> Any:
 
 
 def _as_uuid(value: Any) -> Any:
-    return uuid.UUID(value) if isinstance(value, str) else value
+    try:
+        return uuid.UUID(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 # Feast once stored UUIDs as texts; the declared type tells them.

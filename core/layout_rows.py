@@ -139,8 +139,9 @@ def _joinable(rows: int, run: list[Piece]) -> pa.LargeBinaryArray | pa.Scalar:
     """A run as an argument of Arrow's join."""
     if isinstance(run[0], pa.LargeBinaryArray):
         return run[0]
-    if all(isinstance(piece, bytes) for piece in run):
-        return pa.scalar(b"".join(run), BINARY)
+    constants = [piece for piece in run if isinstance(piece, bytes)]
+    if len(constants) == len(run):
+        return pa.scalar(b"".join(constants), BINARY)
     block = _block(rows, run)
     offsets = np.arange(rows + 1, dtype=np.int64) * block.shape[1]
     return pa.Array.from_buffers(BINARY, rows, [None, pa.py_buffer(offsets), pa.py_buffer(block)])
