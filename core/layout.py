@@ -21,6 +21,7 @@ from typing import Any
 
 import mmh3
 import numpy as np
+from numpy.typing import NDArray
 
 from core import layout_values
 from core.errors import InvalidEntity, InvalidFeatureValue, InvalidRepository, UnsupportedKeyVersion
@@ -185,7 +186,7 @@ class EntityKeys:
                         field=key.name,
                         row=row,
                     )
-        return InvalidEntity("The join keys are columns of different lengths.")
+        return InvalidEntity("The columns do not fit the join keys.")
 
     def decode(self, key: bytes) -> tuple[Any, ...] | None:
         """The values in a Redis key in the order of ``join_keys``, by the types that the key itself names.
@@ -286,14 +287,15 @@ def decode_timestamps(cells: Sequence[Cell]) -> list[int | None]:
 
 def _usual_timestamps(cells: Sequence[Cell]) -> list[int | None] | None:
     """Timestamps whose seconds take five bytes (the years 1978 to 3058); None where some are others."""
-    raw, gaps = _padded(cells, 12)
-    usual = (raw[:, 0] == 0x08) & (raw[:, 4] >= 0x80) & (raw[:, 5] < 0x80)
-    usual &= (raw[:, 6] == 0x10) | (raw[:, 6] == 0)
+    raw, sizes, gaps = _padded(cells, 12)
+    more = raw >= 0x80
+    with_nanos = raw[:, 6] == 0x10
+    usual = (raw[:, 0] == 0x08) & more[:, 1:5].all(axis=1) & ~more[:, 5]
+    usual &= sizes == np.where(with_nanos, 8 + more[:, 7:].sum(axis=1), 6)
     if np.count_nonzero(usual) != len(cells) - len(gaps) or b"" in cells:
         return None
     groups = (raw & 0x7F).astype(np.int64)
-    weights = _WEIGHTS[:5].astype(np.int64)
-    nanoseconds = groups[:, 1:6] @ weights * 1_000_000_000 + groups[:, 7:] @ weights
+    nanoseconds = groups[:, 1:6] @ _WEIGHTS[:5] * 1_000_000_000 + groups[:, 7:] @ _WEIGHTS[:5]
     events: list[int | None] = nanoseconds.tolist()
     for row in gaps:
         events[row] = None
@@ -434,24 +436,25 @@ def _numbers(cells: Sequence[Cell], dtype: Dtype) -> list[Any] | None:
 
 
 _INTEGER_TAGS = {Dtype.INT32: 0x18, Dtype.INT64: 0x20}
-_WEIGHTS = np.array([1 << 7 * place for place in range(10)], np.uint64)
+_WEIGHTS = np.array([1 << 7 * place for place in range(10)], np.uint64).view(np.int64)
 
 
-def _padded(cells: Sequence[Cell], width: int) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """The cells' bytes as rows of ``width``, cut or padded with zeros, and the positions without a cell."""
+def _padded(cells: Sequence[Cell], width: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[int]]:
+    """The cells as rows of ``width`` bytes, cut or padded with zeros, their sizes, and where none is."""
     gaps = [row for row, cell in enumerate(cells) if not cell] if None in cells or b"" in cells else []
     filled = [cell or b"" for cell in cells] if gaps else cells
-    return np.array(filled, f"S{width}").view(np.uint8).reshape(-1, width), gaps
+    sizes = np.fromiter(map(len, filled), np.int64, len(cells))  # type: ignore[arg-type]
+    return np.array(filled, f"S{width}").view(np.uint8).reshape(-1, width), sizes, gaps
 
 
 def _integers(cells: Sequence[Cell], tag: int) -> list[Any] | None:
     """The integers of cells that are all of that tag or empty; None where some are something else."""
-    raw, gaps = _padded(cells, 11)
-    if np.count_nonzero(raw[:, 0] == tag) != len(cells) - len(gaps):
+    raw, sizes, gaps = _padded(cells, 11)
+    fitting = (raw[:, 0] == tag) & (sizes == 2 + (raw[:, 1:] >= 0x80).sum(axis=1))
+    if np.count_nonzero(fitting) != len(cells) - len(gaps):
         return None
     # The zeros that pad a varint add nothing to its value.
-    unsigned = (raw[:, 1:] & 0x7F).astype(np.uint64) @ _WEIGHTS
-    values: list[Any] = unsigned.view(np.int64).tolist()
+    values: list[Any] = ((raw[:, 1:] & 0x7F).astype(np.int64) @ _WEIGHTS).tolist()
     for row in gaps:
         values[row] = None
     return values
