@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,9 @@ def _inside(path: Path) -> Iterator[None]:
     if added:
         sys.path.insert(0, str(path))
     try:
-        with contextlib.chdir(path), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.chdir(path), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            # Feast warns that on-demand views are slow in offline retrieval, each time one is applied.
+            warnings.filterwarnings("ignore", category=RuntimeWarning, module="feast.feature_store")
             yield
     finally:
         if added:
