@@ -368,12 +368,17 @@ class PendingWrite:
         self._slices = slices
 
     def result(self) -> WriteResult:
-        """Wait for the end; raises as ``OnlineWriter.write`` does."""
-        _, open_ = wait(self._slices, return_when=FIRST_EXCEPTION)
-        for future in open_:
-            future.cancel()
-        wait(open_)
-        finished = [future for future in self._slices if not future.cancelled()]
+        """Wait for the end.
+
+        Raises:
+            LeaseLost: another run holds the fence.
+            RedisUnavailable: Redis stayed away. Writing the same rows again is safe.
+            RedisReplyError: Redis refused a command.
+
+        ``details["rows_written"]`` of an error says how many rows were written all the same.
+        """
+        wait(self._slices, return_when=FIRST_EXCEPTION)
+        finished = self.abandon()
         total = sum((f.result() for f in finished if f.exception() is None), WriteResult())
         for future in finished:
             error = future.exception()
@@ -382,6 +387,12 @@ class PendingWrite:
             if error is not None:
                 raise error
         return total
+
+    def abandon(self) -> list[Future[WriteResult]]:
+        """Begin no further slice, wait for those under way, and return what was begun."""
+        begun = [future for future in self._slices if not future.cancel()]
+        wait(begun)
+        return begun
 
 
 def created_times_key(project: str, stored_view: str, key: bytes) -> bytes:

@@ -1,0 +1,121 @@
+"""A materialization of a repository: which views, in what order, and what Feast's registry says after it.
+
+Knows no command line; progress and results are plain records. A view that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from core.errors import BanquetError, InvalidRequest, NotFound
+from core.repository import FeastRepository
+from materialization import views
+from materialization.materializer import Materializer
+from materialization.report import Observer, RunReport, ViewReport
+
+if TYPE_CHECKING:
+    from feast import FeatureStore, FeatureView
+
+_FIRST_EVENT = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def materialize(
+    repo: FeastRepository,
+    *,
+    view_names: Sequence[str] | None = None,
+    start: datetime | None = None,
+    end: datetime | None = None,
+    wait_seconds: float = 0.0,
+    observe: Observer | None = None,
+) -> RunReport:
+    """Load what is due in every view that is stored online, or in those named.
+
+    With ``start`` the window from it to ``end`` is loaded; without, what is new since the last run, late rows
+    included. ``end`` is now by default. Errors of a view are in its report.
+
+    Raises:
+        InvalidRequest: a time is naive, or the window is empty.
+        NotFound: there is no such view.
+        InvalidRepository: the online store is not Redis.
+    """
+    for time in (start, end):
+        if time is not None and time.tzinfo is None:
+            raise InvalidRequest(f"{time} has no time zone.", hint="Add one, such as +00:00.")
+    end = end or datetime.now(UTC)
+    if start is not None and start > end:
+        raise InvalidRequest(f"The window ends at {end}, before it starts at {start}.")
+    store = repo.store()
+    provider: Any = store._get_provider()
+    materializer = Materializer(store.config, provider.offline_store)
+    reports = []
+    for view in _chosen(store, view_names):
+        _end_interrupted_state(store, view)
+        began = _interval_start(view, start, end)
+        if views.needs_feast(view):
+            reports.append(_through_feast(store, view, began, end))
+            continue
+        try:
+            report = materializer.load_view(
+                view,
+                start=start,
+                end=end,
+                incremental=start is None,
+                wait_seconds=wait_seconds,
+                observe=observe,
+            )
+        except BanquetError as exc:
+            reports.append(ViewReport(view=view.name, error=exc))
+            continue
+        store.registry.apply_materialization(view, store.project, began, end)
+        reports.append(report)
+    return RunReport(tuple(reports))
+
+
+def _chosen(store: FeatureStore, names: Sequence[str] | None) -> list[Any]:
+    """The views to load, by name."""
+    found = {view.name: view for view in store._get_feature_views_to_materialize(None)}
+    unknown = sorted(set(names or ()) - set(found))
+    if unknown:
+        raise NotFound(
+            f"No view to materialize is called {', '.join(map(repr, unknown))}.",
+            hint=f"Views that are stored online: {', '.join(sorted(found)) or 'none'}.",
+        )
+    return [view for name, view in sorted(found.items()) if names is None or name in names]
+
+
+def _interval_start(view: FeatureView, start: datetime | None, end: datetime) -> datetime:
+    """Where the interval begins that the registry will record, by Feast's own rule for incremental runs."""
+    if start is not None:
+        return start
+    recent = getattr(view, "most_recent_end_time", None)
+    if recent is not None:
+        return min(views.aware(recent), end)
+    ttl: timedelta | None = getattr(view, "ttl", None)
+    return max(end - ttl, _FIRST_EVENT) if ttl else _FIRST_EVENT
+
+
+def _end_interrupted_state(store: FeatureStore, view: Any) -> None:
+    """Undo the state that a killed ``feast materialize`` left behind: stock reads fail until it is gone.
+
+    Banquet itself never sets it: its rows are served while they are being replaced.
+    """
+    from feast.feature_view import FeatureViewState
+
+    if getattr(view, "state", None) != FeatureViewState.MATERIALIZING:
+        return
+    served = bool(view.materialization_intervals)
+    view.state = FeatureViewState.AVAILABLE_ONLINE if served else FeatureViewState.GENERATED
+    store.registry.apply_feature_view(view, store.project, commit=True)
+
+
+def _through_feast(store: FeatureStore, view: Any, start: datetime, end: datetime) -> ViewReport:
+    """A view that only Feast's own engine computes: loaded by it, without ledger or gate."""
+    reason = f"through Feast: {views.needs_feast(view)}"
+    try:
+        store.materialize(start, end, feature_views=[view.name])
+    except Exception as exc:  # noqa: BLE001  a user's function may raise anything
+        error = BanquetError(f"Feast could not materialize view {view.name!r}: {exc}")
+        return ViewReport(view=view.name, reason=reason, start=start, end=end, error=error)
+    return ViewReport(view=view.name, reason=reason, start=start, end=end)

@@ -1,0 +1,183 @@
+"""What one load covers: the newest row per key of a view's source within a window, in a fixed order.
+
+Knows DuckDB, the source's columns and which row wins; knows no Redis, no ledger and no Feast object. The
+order of the rows depends on nothing but the source, so a load that was killed finds its place again.
+"""
+
+# ruff: noqa: S608  SQL is built from identifiers quoted by core.source.identifier and from numbers
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import duckdb
+import pyarrow as pa
+
+from core.point_in_time import epoch, within
+from core.repository import View
+from core.source import Scan, identifier
+
+EVENT = "__event"
+EVENT_NS = "__event_ns"
+CREATED_NS = "__created_ns"
+# Rows that one pass over the source sorts: what bounds the memory of a load.
+PARTITION_ROWS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Event timestamps from ``start_us`` to ``end_us``, both included, in microseconds since the epoch.
+
+    With ``after_us`` only rows count whose event timestamp is after it or, where the source has created
+    timestamps, whose created timestamp is after ``arrived_after_ns``: the new rows and the late ones.
+    """
+
+    start_us: int | None
+    end_us: int
+    after_us: int | None = None
+    arrived_after_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a window holds: rows, about how many keys, and the newest timestamps."""
+
+    rows: int
+    keys: int
+    newest_event_us: int | None
+    newest_created_ns: int | None
+
+
+class ViewSource:
+    """A view's columns in its source."""
+
+    def __init__(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        view: View,
+        scan: Scan,
+        *,
+        timestamp: str,
+        created: str | None,
+        field_mapping: Mapping[str, str],
+    ) -> None:
+        """Resolve the columns.
+
+        Raises:
+            InvalidSource: a column that the view needs is missing, or a timestamp is no timestamp.
+        """
+        self._con = con
+        self.view = view
+        self.scan = scan
+        self.keys = {key.name: scan.column(key.name, field_mapping) for key in view.join_keys}
+        self.features = {f.name: scan.column(f.name, field_mapping) for f in view.features}
+        self._timestamp = scan.column(timestamp, field_mapping)
+        self._created = scan.column(created, field_mapping) if created else None
+        self._event = identifier(self._timestamp)
+        if scan.columns[self._timestamp] in {"VARCHAR", "DATE"}:
+            self._event = f"CAST({self._event} AS TIMESTAMPTZ)"
+        self._event_ns = epoch(identifier(self._timestamp), scan.columns[self._timestamp], "ns")
+        self._created_ns = (
+            epoch(identifier(self._created), scan.columns[self._created], "ns") if self._created else None
+        )
+
+    @property
+    def dated(self) -> bool:
+        """Whether the source has created timestamps."""
+        return self._created is not None
+
+    def rows_sql(self, window: Window, condition: str = "true") -> str:
+        """Every row in the window, by the view's names, with its event and created timestamps."""
+        columns = [f"{identifier(c)} AS {identifier(n)}" for n, c in {**self.keys, **self.features}.items()]
+        columns.append(f"{self._event} AS {EVENT}")
+        columns.append(f"{self._event_ns} AS {EVENT_NS}")
+        columns.append(f"{self._created_ns or 'NULL::BIGINT'} AS {CREATED_NS}")
+        columns += [identifier(name) for name in self.scan.position]
+        return (
+            f"SELECT {', '.join(columns)} FROM {self.scan.table} WHERE {self._where(window)} AND {condition}"
+        )
+
+    def newest_sql(self, window: Window, condition: str = "true") -> str:
+        """The newest row of each key: by event timestamp, created timestamp, then place in the source.
+
+        Keys with a null in them are left out: they have no row in Redis.
+        """
+        known = " AND ".join(f"{identifier(column)} IS NOT NULL" for column in self.keys.values())
+        names = [identifier(name) for name in (*self.keys, *self.features)]
+        newest = [f"{EVENT_NS} DESC", f"{CREATED_NS} DESC NULLS LAST"]
+        newest += [f"{identifier(name)} DESC" for name in self.scan.position]
+        partition = f"PARTITION BY {self._key_list} " if self.keys else ""
+        return (
+            f"SELECT {', '.join(names)}, {EVENT}, {CREATED_NS} "
+            f"FROM ({self.rows_sql(window, f'{condition} AND {known}' if known else condition)}) "
+            f"QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(newest)}) = 1"
+        )
+
+    def survey(self, window: Window) -> Survey:
+        """Count the rows in the window, older ones of the same key included."""
+        keys = ", ".join(identifier(column) for column in self.keys.values())
+        distinct = f"approx_count_distinct(hash({keys}))" if keys else "least(count(*), 1)"
+        sql = (
+            f"SELECT count(*), {distinct}, max({self._event_ns}), max({self._created_ns or 'NULL'}) "
+            f"FROM {self.scan.table} WHERE {self._where(window)}"
+        )
+        ((rows, found, event_ns, created_ns),) = self._con.execute(sql).fetchall()
+        return Survey(rows, found, None if event_ns is None else event_ns // 1000, created_ns)
+
+    def batches(
+        self, window: Window, partition: int, partitions: int, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """The newest rows whose key falls into one of ``partitions``, ordered by key.
+
+        Every batch but the last has ``batch_rows`` rows.
+        """
+        condition, order = "true", ""
+        if self.keys:
+            columns = ", ".join(identifier(column) for column in self.keys.values())
+            if partitions > 1:
+                condition = f"hash({columns}) % {partitions} = {partition}"
+            order = f" ORDER BY {self._key_list}"
+        relation = self._con.sql(self.newest_sql(window, condition) + order)
+        return _rebatched(relation.to_arrow_reader(batch_rows), batch_rows)
+
+    @cached_property
+    def _key_list(self) -> str:
+        return ", ".join(identifier(name) for name in self.keys)
+
+    def _where(self, window: Window) -> str:
+        kind = self.scan.columns[self._timestamp]
+        where = within(identifier(self._timestamp), kind, window.start_us, window.end_us)
+        if window.after_us is None:
+            return where
+        fresh = [f"{self._event_ns} > {window.after_us} * 1000"]
+        if self._created_ns and window.arrived_after_ns is not None:
+            fresh.append(f"{self._created_ns} > {window.arrived_after_ns}")
+        return f"{where} AND ({' OR '.join(fresh)})"
+
+
+def partitions_for(rows: int) -> int:
+    """Into how many passes over the source a load of ``rows`` rows is cut."""
+    return max(1, -(-rows // PARTITION_ROWS))
+
+
+def _rebatched(reader: pa.RecordBatchReader, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Batches of exactly ``batch_rows`` rows, whatever sizes DuckDB hands out."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in reader:
+        while count + batch.num_rows >= batch_rows:
+            need = batch_rows - count
+            held.append(batch.slice(0, need))
+            batch = batch.slice(need)
+            yield _joined(held)
+            held, count = [], 0
+        if batch.num_rows:
+            held.append(batch)
+            count += batch.num_rows
+    if held:
+        yield _joined(held)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
