@@ -53,18 +53,24 @@ class Summary:
 
 
 def build(
-    repo_path: Path, *, today: date | None = None, progress: Callable[[str], None] | None = None
+    repo_path: Path,
+    *,
+    today: date | None = None,
+    raw: Path | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Summary:
     """Write the sources into ``repo_path / "data"`` unless they are there for these inputs and this day.
 
-    ``today`` is a UTC date (default: now); the data ends with the day before it. ``progress`` is called with
-    one line per step. Each file is complete when it appears under its name. Raises NotFound when the data
-    package is not installed.
+    ``today`` is a UTC date (default: now); the data ends with the day before it. ``raw`` is the folder of
+    ``transactions.parquet`` and ``demographics.parquet`` (default: the installed data package's).
+    ``progress`` is called with one line per step. Each file is complete when it appears under its name.
+    Raises NotFound when the data package is not installed.
     """
     started = time.monotonic()
     today = today or datetime.now(UTC).date()
     report = progress or _silent
-    inputs = [_package_data() / name for name in _INPUTS]
+    raw = raw or _package_data()
+    inputs = [raw / name for name in _INPUTS]
     data = repo_path / "data"
     key = _key(inputs, today)
 
