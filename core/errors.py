@@ -34,6 +34,7 @@ BanquetError
 └── Unavailable                 a dependency is away; retryable
     ├── RedisUnavailable
     │   └── RedisAccessDenied   the password, the user or its permissions; not retryable
+    ├── RegistryUnavailable     the model registry's store
     ├── Overloaded
     └── ModelNotReady
 
@@ -201,6 +202,10 @@ class RedisAccessDenied(RedisUnavailable):
     """Redis denies access."""
 
     retryable = False
+
+
+class RegistryUnavailable(Unavailable):
+    """The model registry does not answer."""
 
 
 class Overloaded(Unavailable):

@@ -1,0 +1,214 @@
+"""A loaded model package: feature columns to one matrix by name, missing-value policy, predictions.
+
+The same for serving, batch scoring and evaluation. Loading refuses a package that would not predict here
+what it predicted when it was trained. Knows no Redis and no HTTP, and imports scikit-learn only for a
+package that has no compiled form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.compiled import OnnxRunner, Runner, SklearnRunner
+from core.errors import GoldenMismatch, LibraryMismatch, SchemaMismatch
+from core.manifest import Default, ModelManifest, ServiceSchema
+from core.registry import ModelRegistry
+from core.types import Dtype
+
+Matrix = NDArray[np.float64]
+
+MATRIX_DTYPES = frozenset(
+    {Dtype.INT32, Dtype.INT64, Dtype.FLOAT, Dtype.DOUBLE, Dtype.BOOL, Dtype.STRING, Dtype.UNIX_TIMESTAMP}
+)
+_GOLDEN_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Per row a label (a class or a value), and the probability of that class where the model gives one."""
+
+    labels: list[Any]
+    confidences: list[float] | None
+    probabilities: NDArray[Any] | None
+
+
+class MatrixColumn:
+    """One feature's way into the matrix."""
+
+    def __init__(self, name: str, dtype: Dtype, vocabulary: Sequence[str], default: Any) -> None:
+        self.name = name
+        self._codes = (
+            {text: float(code) for code, text in enumerate(vocabulary)} if dtype is Dtype.STRING else None
+        )
+        self._timestamps = dtype is Dtype.UNIX_TIMESTAMP
+        self._default = default
+
+    def fill(self, matrix: Matrix, column: int, values: Sequence[Any]) -> None:
+        """Write ``values`` into one column of the matrix; missing ones become NaN or the default."""
+        if self._default is not None:
+            values = [self._default if _missing(value) else value for value in values]
+        if self._codes is not None:
+            nan = np.nan
+            matrix[:, column] = [self._codes.get(value, nan) for value in values]
+        elif self._timestamps:
+            matrix[:, column] = [_epoch_seconds(value) for value in values]
+        else:
+            # numpy reads None as NaN, and booleans as 0 and 1, when it makes floats.
+            matrix[:, column] = np.array(values, dtype=np.float64)
+
+
+class LoadedModel:
+    """A package that has passed its checks (``load``), ready to predict."""
+
+    def __init__(self, manifest: ModelManifest, runner: Runner) -> None:
+        self.manifest = manifest
+        self._runner = runner
+        defaults = {n: p.default for n, p in manifest.policies.items() if isinstance(p, Default)}
+        self._columns = [
+            MatrixColumn(f.name, f.dtype, manifest.vocabulary.get(f.name, ()), defaults.get(f.name))
+            for f in manifest.schema.features
+        ]
+        self._rejects = [name for name, policy in manifest.policies.items() if policy == "reject"]
+
+    @classmethod
+    def load(cls, registry: ModelRegistry, name: str, number: int, serves: ServiceSchema) -> LoadedModel:
+        """Load a version for a repository that ``serves`` this schema.
+
+        Raises:
+            DigestMismatch: an artifact was altered; checked first, before anything is parsed or unpickled.
+            SchemaMismatch: the feature service has other features than the model was trained on.
+            LibraryMismatch: scikit-learn has another version.
+            GoldenMismatch: the model does not reproduce its recorded predictions.
+        """
+        manifest = registry.verify(name, number)
+        _check_schema(manifest, serves)
+        _check_libraries(manifest)
+        content = registry.artifact(manifest, manifest.compiled.artifact)
+        runner: Runner
+        if manifest.compiled.form == "onnx":
+            runner = OnnxRunner(content)
+        else:
+            runner = SklearnRunner.load(content, manifest.task, manifest.classes)
+        model = cls(manifest, runner)
+        model._check_golden()
+        return model
+
+    def matrix(self, values: Mapping[str, Sequence[Any]], rows: int) -> Matrix:
+        """The float64 matrix (rows, features) in the manifest's order, from columns by feature name.
+
+        None and NaN become NaN or the policy's default; a string is its index in the vocabulary, NaN where
+        it was not seen in training; a timestamp is epoch seconds; a boolean 0 or 1.
+        """
+        matrix = np.empty((rows, len(self._columns)), dtype=np.float64)
+        for i, column in enumerate(self._columns):
+            column.fill(matrix, i, values[column.name])
+        return matrix
+
+    def rejected(self, values: Mapping[str, Sequence[Any]], rows: int) -> dict[int, list[str]]:
+        """The rows that miss a feature whose policy is ``reject``, and those features."""
+        found: dict[int, list[str]] = {}
+        for name in self._rejects:
+            column = values[name]
+            for row in range(rows):
+                if _missing(column[row]):
+                    found.setdefault(row, []).append(name)
+        return found
+
+    def predict(self, matrix: Matrix) -> Predictions:
+        """Predict every row of the matrix. Safe to call from several threads."""
+        scores = self._runner.scores(matrix)
+        classes = self.manifest.classes
+        if not classes:
+            return Predictions(scores.tolist(), None, None)
+        if scores.ndim == 1:
+            return Predictions([classes[i] for i in scores.tolist()], None, None)
+        threshold = self.manifest.threshold
+        chosen = scores.argmax(axis=1) if threshold is None else (scores[:, 1] >= threshold).astype(np.int64)
+        confidences = scores[np.arange(len(scores)), chosen]
+        return Predictions([classes[i] for i in chosen.tolist()], confidences.tolist(), scores)
+
+    def _check_golden(self) -> None:
+        """Predict the recorded rows, which also warms the runner up."""
+        golden = self.manifest.golden
+        if not golden:
+            return
+        values = {name: [row.features[name] for row in golden] for name in self.manifest.feature_names}
+        found = self.predict(self.matrix(values, len(golden)))
+        for i, row in enumerate(golden):
+            if row.probabilities is not None and found.probabilities is not None:
+                difference = float(np.abs(found.probabilities[i] - np.array(row.probabilities)).max())
+            elif self.manifest.classes:
+                difference = 0.0 if found.labels[i] == row.prediction else 1.0
+            else:
+                expected = float(row.prediction)  # type: ignore[arg-type]
+                difference = abs(found.labels[i] - expected) / max(abs(expected), 1.0)
+            if not difference <= _GOLDEN_TOLERANCE:
+                raise GoldenMismatch(
+                    f"Model {self.manifest.name} version {self.manifest.version} does not reproduce golden row "
+                    f"{i}: it differs by {difference:.3g}, allowed are {_GOLDEN_TOLERANCE:g}.",
+                    hint="Serve it with the library versions in its manifest, or train it anew.",
+                    row=i,
+                    difference=difference,
+                )
+
+
+def _check_schema(manifest: ModelManifest, serves: ServiceSchema) -> None:
+    trained, name = manifest.schema, f"Model {manifest.name} version {manifest.version}"
+    hint = "Train a version on the present definitions, or restore the ones it was trained on."
+    if trained == serves:
+        return
+    was = {feature.name: feature for feature in trained.features}
+    now = {feature.name: feature for feature in serves.features}
+    problems = [f"{gone} is gone" for gone in was if gone not in now]
+    problems += [f"{new} is new" for new in now if new not in was]
+    for feature in was.keys() & now.keys():
+        if was[feature].dtype is not now[feature].dtype:
+            problems.append(f"{feature} was {was[feature].dtype.name} and is {now[feature].dtype.name}")
+        if was[feature].ttl_seconds != now[feature].ttl_seconds:
+            problems.append(
+                f"the ttl of {feature} was {was[feature].ttl_seconds:g} s and is {now[feature].ttl_seconds:g} s"
+            )
+    if not problems and list(was) != list(now):
+        problems.append("the order of the features changed")
+    if trained.join_keys != serves.join_keys:
+        problems.append("the join keys changed")
+    if trained.request_inputs != serves.request_inputs:
+        problems.append("the request-time inputs changed")
+    listed = "; ".join(sorted(problems))
+    raise SchemaMismatch(
+        f"{name} was trained on another {trained.service!r}: {listed}.",
+        hint=hint,
+        differences=sorted(problems),
+    )
+
+
+def _check_libraries(manifest: ModelManifest) -> None:
+    trained = manifest.libraries.get("scikit-learn")
+    try:
+        here = version("scikit-learn")
+    except PackageNotFoundError:
+        here = None
+    if trained is not None and trained != here:
+        raise LibraryMismatch(
+            f"Model {manifest.name} version {manifest.version} was trained with scikit-learn {trained}; "
+            f"here is {here or 'none'}.",
+            hint=f"Install scikit-learn=={trained}, or train the model anew.",
+            library="scikit-learn",
+        )
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _epoch_seconds(value: Any) -> float:
+    if _missing(value):
+        return np.nan
+    return value.timestamp() if isinstance(value, datetime) else float(value)
