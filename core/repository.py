@@ -37,12 +37,26 @@ class Feature:
     description: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class SourceColumns:
+    """How a view's source names the columns of its rows.
+
+    ``field_mapping`` goes from the source's names to the view's. ``created`` is None where the source has no
+    created timestamp. ``push`` names the push source that also feeds the view, if one does.
+    """
+
+    timestamp: str
+    created: str | None
+    field_mapping: Mapping[str, str]
+    push: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """A feature view that is stored online.
 
     ``stored_name`` is the name its rows carry in the online store; ``ttl`` zero means rows never expire;
-    ``join_keys`` is empty for a view without entities.
+    ``join_keys`` is empty for a view without entities; ``version`` is Feast's number of its definition.
     """
 
     name: str
@@ -51,6 +65,8 @@ class View:
     features: tuple[Feature, ...]
     ttl: timedelta
     description: str = ""
+    version: int = 0
+    source: SourceColumns | None = None
 
     def feature(self, name: str) -> Feature:
         """The feature of that name; FeatureNotFound names the view otherwise."""
@@ -281,13 +297,12 @@ def parse_registry(registry: Any, config: Mapping[str, Any]) -> Definitions:
     views: dict[str, View] = {}
     for kind in (registry.feature_views, registry.stream_feature_views):
         for message in _of_project(kind, project):
-            version = message.meta.current_version_number if versioned else 0
-            views[message.spec.name] = _view(message.spec, version)
+            views[message.spec.name] = _view(message.spec, message.meta.current_version_number, versioned)
     on_demand: dict[str, OnDemandView] = {}
     for message in _of_project(registry.on_demand_feature_views, project):
         if message.spec.write_to_online_store:
             # Written at push or materialize time: online it is a view like any other.
-            views[message.spec.name] = _view(message.spec, 0)
+            views[message.spec.name] = _view(message.spec, message.meta.current_version_number, False)
         else:
             on_demand[message.spec.name] = _on_demand_view(message.spec)
     services = {
@@ -308,10 +323,10 @@ def _features(columns: Iterable[Any]) -> tuple[Feature, ...]:
     return tuple(Feature(c.name, Dtype(c.value_type), dict(c.tags), c.description) for c in columns)
 
 
-def _view(spec: Any, version: int) -> View:
+def _view(spec: Any, version: int, versioned: bool) -> View:
     return View(
         name=spec.name,
-        stored_name=f"{spec.name}_v{version}" if version > 0 else spec.name,
+        stored_name=f"{spec.name}_v{version}" if versioned and version > 0 else spec.name,
         join_keys=tuple(
             Field(column.name, Dtype(column.value_type))
             for column in spec.entity_columns
@@ -320,6 +335,18 @@ def _view(spec: Any, version: int) -> View:
         features=_features(spec.features),
         ttl=spec.ttl.ToTimedelta() if hasattr(spec, "ttl") else timedelta(0),
         description=spec.description,
+        version=version,
+        source=_source_columns(spec) if hasattr(spec, "batch_source") else None,
+    )
+
+
+def _source_columns(spec: Any) -> SourceColumns:
+    batch, stream = spec.batch_source, spec.stream_source
+    return SourceColumns(
+        timestamp=batch.timestamp_field,
+        created=batch.created_timestamp_column or None,
+        field_mapping=dict(batch.field_mapping),
+        push=stream.name if stream.type == stream.PUSH_SOURCE else None,
     )
 
 
@@ -331,7 +358,7 @@ def _pinned_views(registry: Any, project: str) -> dict[tuple[str, int], View]:
         if record.project_id == project and record.feature_view_type == "feature_view":
             message = FeatureView.FromString(record.feature_view_proto)
             key = (record.feature_view_name, record.version_number)
-            pinned[key] = _view(message.spec, record.version_number)
+            pinned[key] = _view(message.spec, record.version_number, True)
     return pinned
 
 
