@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,11 @@ from cli.main import Context, main
 from core.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from core.repository import FeastRepository
     from materialization.apply import ApplyPlan
+    from materialization.report import Progress, RunReport, ViewReport
 
 _SIGNS = {"added": ("+", "green"), "changed": ("~", "yellow"), "removed": ("-", "red")}
 
@@ -78,6 +82,63 @@ def apply(ctx: Context, dry_run: bool) -> None:
         ctx.report({"applied": applied, "changes": changes}, "")
     elif applied:
         click.echo(f"Applied {len(changes)} changes to project {repository.project}.")
+
+
+@main.command()
+@click.option("--start", help="Load the window from this time (ISO 8601 with a zone) instead of what is new.")
+@click.option("--end", help="Load up to this time; default: now.")
+@click.option("--views", help="Only these views, separated by commas.")
+@click.pass_obj
+def materialize(ctx: Context, start: str | None, end: str | None, views: str | None) -> None:
+    """Load new and late rows into the online store."""
+    from core.repository import FeastRepository
+
+    report = load_views(
+        ctx,
+        FeastRepository.open(ctx.repo),
+        view_names=[name.strip() for name in views.split(",")] if views else None,
+        start=moment(start) if start else None,
+        end=moment(end) if end else None,
+    )
+    ctx.report(report.as_json(), "\n".join(_outcome(view) for view in report.views))
+    if not report.ok:
+        sys.exit(1)
+
+
+def load_views(ctx: Context, repository: FeastRepository, **window: Any) -> RunReport:
+    """Materialize with progress on stderr: a bar on a terminal, nothing otherwise."""
+    from materialization.run import materialize
+
+    if ctx.as_json or not sys.stderr.isatty():
+        return materialize(repository, **window)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("  {task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:>12,.0f} rows/s"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(progress: Progress) -> None:
+            if progress.view not in tasks:
+                tasks[progress.view] = bars.add_task(progress.view, total=progress.total, rate=0.0)
+            bars.update(tasks[progress.view], completed=progress.rows, rate=progress.rows_per_second)
+
+        return materialize(repository, observe=observe, **window)
+
+
+def _outcome(view: ViewReport) -> str:
+    if view.error is not None:
+        return click.style(f"  {view.view}: {view.error}", fg="red")
+    why = f" ({view.reason})" if view.reason else ""
+    older = f", {view.older:,} older ones left out" if view.older else ""
+    return f"  {view.view}: {view.written:,} rows written{older} in {view.seconds:.1f} s{why}"
 
 
 @main.command()

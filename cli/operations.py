@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from cli.main import Context, main
 from core.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from core.embedded import EmbeddedRedis, RedisState
     from core.repository import FeastRepository
     from core.settings import Settings
 
@@ -53,7 +54,8 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
     repository = FeastRepository.open(ctx.repo)
     if not no_serve:
         check_port(host, port)
-    with _redis(ctx, repository, settings):
+    with embedded_redis(repository, settings).in_use() as redis:
+        ctx.say(f"{'Redis':<14}{_redis_line(redis)}")
         _prepare(ctx, repository, settings, sources, spec)
         if no_serve:
             return
@@ -69,8 +71,8 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
 def _prepare(
     ctx: Context, repository: FeastRepository, settings: Settings, sources: str | None, spec: str | None
 ) -> None:
-    from cli.features import apply_definitions, materialize_views
-    from cli.models import champion_of, train_model
+    from cli.features import apply_definitions, load_views
+    from cli.models import train_unless_there
 
     if sources:
         with _step(ctx, "Sources") as say:
@@ -79,10 +81,69 @@ def _prepare(
         planned = apply_definitions(repository)
         say(f"{len(planned.changes)} changes applied" if planned.changes else "unchanged")
     with _step(ctx, "Online store") as say:
-        say(materialize_views(ctx, repository))
+        report = load_views(ctx, repository)
+        for view in report.views:
+            if view.error is not None:
+                raise view.error
+        say(f"{sum(view.written for view in report.views):,} rows written")
     if spec:
         with _step(ctx, "Model") as say:
-            say(champion_of(spec, settings) or train_model(repository, settings, spec))
+            say(train_unless_there(ctx, repository, settings, spec))
+
+
+def embedded_redis(repository: FeastRepository, settings: Settings) -> EmbeddedRedis:
+    """The server that stands in where nobody listens at the repository's local address."""
+    from core.embedded import EmbeddedRedis
+
+    return EmbeddedRedis(settings.state_dir / "redis", repository.redis)
+
+
+def _redis_line(state: RedisState) -> str:
+    if not state.running:
+        return f"nobody listens at {state.address}"
+    kind = ", embedded" if state.embedded else ""
+    return f"{state.version} at {state.address}{kind}"
+
+
+@main.group()
+def redis() -> None:
+    """The embedded Redis for a local address where nobody listens."""
+
+
+def _redis_command(ctx: Context, act: Callable[[EmbeddedRedis], RedisState]) -> None:
+    from dataclasses import asdict
+
+    from core.repository import FeastRepository
+    from core.settings import load_settings
+
+    state = act(embedded_redis(FeastRepository.open(ctx.repo), load_settings()))
+    ctx.report({**asdict(state), "running": state.running}, _redis_line(state))
+
+
+@redis.command("start")
+@click.pass_obj
+def redis_start(ctx: Context) -> None:
+    """Start it, unless a Redis answers already; it stays until `redis stop`."""
+    _redis_command(ctx, lambda embedded: embedded.start())
+
+
+@redis.command("stop")
+@click.pass_obj
+def redis_stop(ctx: Context) -> None:
+    """Stop it; its data stays."""
+
+    def stop(embedded: EmbeddedRedis) -> RedisState:
+        embedded.stop()
+        return embedded.status()
+
+    _redis_command(ctx, stop)
+
+
+@redis.command("status")
+@click.pass_obj
+def redis_status(ctx: Context) -> None:
+    """Say what answers at the repository's address."""
+    _redis_command(ctx, lambda embedded: embedded.status())
 
 
 def _build_sources(reference: str, repo: Path) -> str:
@@ -96,7 +157,7 @@ def _build_sources(reference: str, repo: Path) -> str:
 
 
 @contextmanager
-def _step(ctx: Context, title: str) -> Iterator[object]:
+def _step(ctx: Context, title: str) -> Iterator[Callable[[str], None]]:
     """Print a step's title at once, its outcome and seconds when it is done."""
     started = time.monotonic()
     outcome = ""

@@ -46,7 +46,8 @@ class OnnxRunner:
 
     def scores(self, matrix: Matrix) -> NDArray[Any]:
         """As the protocol says; a classifier without probabilities is never compiled."""
-        found = self._session.run(self._outputs, {self._input: matrix.astype(self._dtype, copy=False)})[0]
+        given = {self._input: matrix.astype(self._dtype, copy=False)}
+        found: NDArray[Any] = self._session.run(self._outputs, given)[0]
         return found if found.shape[-1:] != (1,) else found.reshape(-1)
 
 
