@@ -398,6 +398,18 @@ def json_value(value: Any, dtype: Dtype) -> Any:
     return decode_json_column((encode_value(value, dtype),), dtype)[0]
 
 
+def json_column(values: list[Any], dtype: Dtype) -> list[Any]:
+    """``json_value`` by column; None stays None."""
+    if dtype in _SAME_IN_JSON:
+        return values
+    if dtype is Dtype.DOUBLE or dtype is Dtype.FLOAT:
+        return _finite(values)
+    return [None if value is None else json_value(value, dtype) for value in values]
+
+
+_SAME_IN_JSON = frozenset({Dtype.INT32, Dtype.INT64, Dtype.STRING, Dtype.BOOL})
+
+
 # From this many cells on, numpy's fixed cost is less than what it saves.
 _VECTOR_ROWS = 32
 

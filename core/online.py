@@ -7,7 +7,7 @@ share one HMGET, and each distinct key is read once. Statuses follow ``core.cont
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from core.repository import Definitions, Feature, OnDemandView, Projection, View
 from core.types import Dtype, FeatureStatus, Field, feature_name
 
 Cells = Sequence[bytes | None]
+Decoder = Callable[[Cells, Dtype], list[Any]]
 
 
 @dataclass(slots=True)
@@ -241,7 +242,13 @@ class OnlineReader:
         self._connection = connection
 
     async def read(
-        self, plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], rows: int, now_ns: int | None = None
+        self,
+        plan: FeaturePlan,
+        columns: Mapping[str, Sequence[Any]],
+        rows: int,
+        now_ns: int | None = None,
+        *,
+        as_json: bool = False,
     ) -> FeatureVectors:
         """Read the plan's features for ``rows`` entities.
 
@@ -250,9 +257,11 @@ class OnlineReader:
             columns: the plan's join keys and request-time inputs, each of length ``rows``, already checked.
             rows: number of entities.
             now_ns: the moment that ttls are held against, nanoseconds since the epoch; default: now.
+            as_json: give values as the JSON that Feast's feature server answers with, not as Python values.
 
         Raises:
             InvalidEntity: a key value does not fit its type.
+            InvalidFeatureValue: an on-demand view returned what its declared type cannot hold (``as_json``).
             RedisUnavailable: Redis did not answer.
             Overloaded: too many reads are waiting.
         """
@@ -262,11 +271,22 @@ class OnlineReader:
         replies = await self._connection.read_hashes(
             [(group.hash_fields, keys) for group, (keys, _) in zip(groups, asked, strict=True)]
         )
-        vectors = FeatureVectors(rows, {}, {}, {})
-        for group, (_, index), cells in zip(groups, asked, replies, strict=True):
-            _decode(group, cells, index, now_ns, vectors)
+
+        def decoded(decode: Decoder) -> FeatureVectors:
+            vectors = FeatureVectors(rows, {}, {}, {})
+            for group, (_, index), cells in zip(groups, asked, replies, strict=True):
+                _decode(group, cells, index, now_ns, decode, vectors)
+            return vectors
+
+        vectors = decoded(layout.decode_json_column if as_json else layout.decode_column)
         if plan._transformations:
-            _transform(plan, columns, vectors)
+            # On-demand functions take Python values, whatever the answer is to hold.
+            stored = decoded(layout.decode_column).values if as_json else vectors.values
+            _transform(plan, {**columns, **stored}, vectors)
+            if as_json:
+                for name, dtype in plan.dtypes.items():
+                    if name not in plan.stored_in:
+                        vectors.values[name] = layout.json_column(vectors.values[name], dtype)
         return vectors
 
 
@@ -275,6 +295,7 @@ def _decode(
     cells: list[list[bytes | None]],
     index: list[int] | None,
     now_ns: int,
+    decode: Decoder,
     into: FeatureVectors,
 ) -> None:
     by_field: list[Cells] = list(zip(*cells, strict=True))
@@ -283,7 +304,7 @@ def _decode(
         statuses = contract.row_statuses(events, now_ns, slot.ttl_ns)
         into.event_ns[slot.name] = _expand(events, index)
         for offset, (name, dtype) in enumerate(slot.features):
-            values = layout.decode_column(by_field[slot.first + offset], dtype)
+            values = decode(by_field[slot.first + offset], dtype)
             values, value_statuses = contract.apply_status(values, statuses)
             into.values[name] = _expand(values, index)
             into.statuses[name] = value_statuses and _expand(value_statuses, index)
@@ -293,30 +314,36 @@ def _expand(column: list[Any], index: list[int] | None) -> list[Any]:
     return column if index is None else [column[i] for i in index]
 
 
-def _transform(plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], vectors: FeatureVectors) -> None:
-    available: dict[str, Sequence[Any]] = {**columns, **vectors.values}
+def _transform(plan: FeaturePlan, available: dict[str, Sequence[Any]], vectors: FeatureVectors) -> None:
     for transformation in plan._transformations.values():
+        failed: dict[int, BanquetError] = {}
         try:
             computed = transformation(available, vectors.rows)
         except OnDemandFailed:
-            computed = _row_by_row(transformation, available, vectors)
+            computed, failed = _row_by_row(transformation, available, vectors.rows)
         for name, values in computed.items():
-            vectors.values[name], vectors.statuses[name] = contract.apply_status(values, None)
+            shown, statuses = contract.apply_status(values, None)
+            for row in failed:
+                assert statuses is not None
+                statuses[row] = FeatureStatus.INVALID
+            vectors.values[name], vectors.statuses[name] = shown, statuses
+        vectors.errors |= failed
         available |= computed
 
 
 def _row_by_row(
-    transformation: OnDemandTransformation, available: Mapping[str, Sequence[Any]], vectors: FeatureVectors
-) -> dict[str, list[Any]]:
+    transformation: OnDemandTransformation, available: Mapping[str, Sequence[Any]], rows: int
+) -> tuple[dict[str, list[Any]], dict[int, BanquetError]]:
     """One bad row must not take the others down: find which rows the function fails on."""
     names = [feature_name(transformation.name, out.name) for out in transformation.outputs]
-    computed: dict[str, list[Any]] = {name: [None] * vectors.rows for name in names}
-    for row in range(vectors.rows):
+    computed: dict[str, list[Any]] = {name: [None] * rows for name in names}
+    failed: dict[int, BanquetError] = {}
+    for row in range(rows):
         try:
             one = transformation({name: [column[row]] for name, column in available.items()}, 1)
         except OnDemandFailed as exc:
-            vectors.errors[row] = exc
+            failed[row] = exc
         else:
             for name in names:
                 computed[name][row] = one[name][0]
-    return computed
+    return computed, failed

@@ -7,8 +7,12 @@ from enum import IntEnum
 
 
 class FeatureStatus(IntEnum):
-    """Feast's ``FieldStatus``, by the same names and numbers."""
+    """Feast's ``FieldStatus``, by the same names and numbers.
 
+    Stored values have one of the last four; INVALID is that of an on-demand feature whose function failed.
+    """
+
+    INVALID = 0
     PRESENT = 1
     NULL_VALUE = 2
     NOT_FOUND = 3
