@@ -383,8 +383,9 @@ def to_json(message: Any) -> Any:
     """The JSON value that ``feast serve`` gives for a Value message; None for a null.
 
     A timestamp is seconds since the epoch, bytes are base64, a number that JSON lacks is the text "NaN",
-    "Infinity" or "-Infinity", a JSON feature stays the text it is, a scalar map is None (Feast's server does
-    not convert it). Unlike there, a missing timestamp is None and not the number that stands for it.
+    "Infinity" or "-Infinity", a JSON feature stays the text it is. Unlike there, a missing timestamp is None
+    and not the number that stands for it, and a scalar map, which Feast's server leaves out, is an object
+    with its keys as texts.
     """
     kind = message.WhichOneof("val")
     return None if kind is None else _TO_JSON[kind](getattr(message, kind))
@@ -435,6 +436,16 @@ def _map_key_value(message: Any) -> Any:
     if kind in ("uuid_key", "time_uuid_key"):
         return uuid.UUID(value)
     return Decimal(value) if kind == "decimal_key" else value
+
+
+def _map_key_text(message: Any) -> str:
+    kind = message.WhichOneof("key")
+    if kind is None:
+        return "null"
+    value = getattr(message, kind)
+    if isinstance(value, bytes):
+        return _base64(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _elements_of(convert: Callable[[Any], Any], into: type = list) -> Callable[[Any], Any]:
@@ -510,7 +521,7 @@ _TO_JSON: dict[str, Callable[[Any], Any]] = {
     "struct_list_val": _json_map_list,
     "list_val": _elements_of(to_json),
     "set_val": _elements_of(to_json),
-    "scalar_map_val": _null,
+    "scalar_map_val": lambda m: {_map_key_text(entry.key): to_json(entry.value) for entry in m.val},
     "json_list_val": _elements_of(_same),
 }
 _SCALARS = (
