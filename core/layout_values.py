@@ -75,13 +75,18 @@ def to_message(value: Any, dtype: Dtype) -> Any:
 def _elements(value: Any, dtype: Dtype) -> list[Any]:
     if isinstance(value, bytes | bytearray) and dtype not in (Dtype.BYTES_LIST, Dtype.BYTES_SET):
         value = json.loads(value)
+    is_set = dtype.name.endswith("_SET")
     if isinstance(value, np.ndarray):
-        # Nanoseconds would come out of tolist() as plain integers.
-        value = (value.astype("datetime64[us]") if value.dtype.kind == "M" else value).tolist()
+        if value.dtype.kind == "M":
+            # Feast drops a fraction of a second of datetimes (in lists) and rounds numpy's down (in sets);
+            # nanoseconds would come out of tolist() as plain integers.
+            value = list(value) if is_set else value.astype("datetime64[us]").tolist()
+        else:
+            value = value.tolist()
     if isinstance(value, str | bytes | Mapping):
         raise TypeError("a collection is needed")
     elements = list(value)
-    if not dtype.name.endswith("_SET"):
+    if not is_set:
         return elements
     # The order of a set of numbers is Python's own and so Feast's; that of texts changes with every process.
     if elements and isinstance(elements[0], int | float | bool):
@@ -200,14 +205,11 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
 
 
 def _scalar_map(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise TypeError("a mapping is needed")
-    return value_pb2.ScalarMap(
-        val=[
-            value_pb2.ScalarMapEntry(key=_map_key(key), value=_inferred(entry))
-            for key, entry in value.items()
-        ]
-    )
+    entries = [
+        value_pb2.ScalarMapEntry(key=_map_key(key), value=_inferred(entry))
+        for key, entry in _mapping(value).items()
+    ]
+    return value_pb2.ScalarMap(val=entries)
 
 
 def _map_key(key: Any) -> Any:
