@@ -101,7 +101,7 @@ user_demographics = FeatureView(
             name="location",
             dtype=String,
             description="The store with most visits in the last 90 days; none without a visit.",
-            tags={"nullable": "true"},
+            tags={"nullable": "true", "max_null_rate": "0.2"},
         ),
     ],
     source=_source("demographics", "Survey answers and home store, written every Monday."),
@@ -243,7 +243,7 @@ user_activity = FeatureView(
             name="days_between_baskets",
             dtype=Float64,
             description="Mean days from one basket to the next since the first; none after a single one.",
-            tags={"min": "0", "nullable": "true", "max_null_rate": "0.1"},
+            tags={"min": "0", "nullable": "true"},
         ),
         Field(
             name="first_basket_at",

@@ -43,3 +43,14 @@ def shop(valkey: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run() -> Callable[[Coroutine[Any, Any, T]], T]:
     """Run a coroutine to its end."""
     return asyncio.run
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of feature_repo with the demo's real data, built as of today; ``build.json`` says how.
+
+    To be read only: copy it before applying or materializing.
+    """
+    from tests.support import demo
+
+    return demo.build(tmp_path_factory.mktemp("demo") / "feature_repo")
