@@ -19,7 +19,7 @@ request_time = RequestSource(
             name="request_timestamp",
             dtype=Int64,
             description="The moment the features are for, in epoch seconds.",
-            tags={"min": "0", "nullable": "true"},
+            tags={"min": "0", "nullable": "true", "default": "now"},
         )
     ],
     description="When the prediction is asked for.",
