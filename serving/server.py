@@ -26,6 +26,7 @@ _UVICORN: dict[str, Any] = {
     "loop": "uvloop",
     "http": "httptools",
     "access_log": False,
+    "server_header": False,
     "log_level": "warning",
 }
 
