@@ -30,8 +30,9 @@ CRLF = b"\r\n"
 
 
 def fixed_width(values: NDArray[Any]) -> Bytes:
-    """A column of numbers as rows of their bytes."""
-    return np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    """Numbers, one or some per row, as rows of their bytes."""
+    width = values.itemsize * (values.size // max(1, len(values)))
+    return np.ascontiguousarray(values).view(np.uint8).reshape(len(values), width)
 
 
 def ragged(rows: Bytes, sizes: NDArray[np.int64]) -> Piece:

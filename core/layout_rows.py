@@ -115,9 +115,10 @@ def assemble(rows: int, *pieces: Piece) -> Commands:
         block = _block(rows, runs[0])
         return Commands(block.reshape(-1), np.arange(rows + 1, dtype=np.int64) * block.shape[1])
     joined = pc.binary_join_element_wise(*(_joinable(rows, run) for run in runs), pa.scalar(b"", BINARY))
-    _, offsets, data = joined.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[joined.offset : joined.offset + rows + 1]
-    return Commands(np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8), bounds)
+    _, bounds, data = joined.buffers()
+    offsets = np.frombuffer(bounds, np.int64)[joined.offset : joined.offset + rows + 1]
+    # Arrow may reserve more than it fills.
+    return Commands(np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]], offsets - offsets[0])
 
 
 def _adjacent(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -281,21 +282,13 @@ class RowEncoder:
 
 def _key_value(column: pa.Array, key: Field) -> tuple[list[Piece], NDArray[np.int64] | int]:
     """The pieces of one join key's values, and their lengths (one number where all are alike)."""
-    if key.dtype in (Dtype.STRING, Dtype.BYTES):
-        raw = layout_columns.raw_bytes(column, key.dtype)
-        if raw is None:
-            raw = pa.array([str(value).encode() for value in layout_columns.feast_values(column)], BINARY)
-        sizes = layout_columns.byte_lengths(raw)
-        heads = np.empty((len(sizes), 8), np.uint8)
-        heads[:, :4] = np.frombuffer(np.uint32(key.dtype).tobytes(), np.uint8)
-        heads[:, 4:] = np.ascontiguousarray(sizes.astype("<u4")).view(np.uint8).reshape(-1, 4)
-        return [heads, raw], sizes
     try:
-        values = (
-            layout_columns.epoch_seconds(column)
-            if key.dtype is Dtype.UNIX_TIMESTAMP
-            else layout_columns.whole_numbers(column, key.dtype)
-        )
+        if key.dtype in (Dtype.STRING, Dtype.BYTES):
+            return _text_key_value(column, key.dtype)
+        if key.dtype is Dtype.UNIX_TIMESTAMP:
+            values = layout_columns.epoch_seconds(column)
+        else:
+            values = layout_columns.whole_numbers(column, key.dtype)
     except (InvalidFeatureValue, pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
         raise InvalidEntity(
             f"Join key {key.name!r} cannot be {key.dtype.name}: {exc}", field=key.name
@@ -303,6 +296,19 @@ def _key_value(column: pa.Array, key: Field) -> tuple[list[Piece], NDArray[np.in
     size = 4 if key.dtype is Dtype.INT32 else 8
     head = layout.value_head(key.dtype, bytes(size))[:8]
     return [head, layout_columns.fixed_width(values.astype(f"<i{size}"))], size
+
+
+def _text_key_value(column: pa.Array, dtype: Dtype) -> tuple[list[Piece], NDArray[np.int64]]:
+    raw = layout_columns.raw_bytes(column, dtype)
+    if raw is None:
+        if dtype is Dtype.BYTES:
+            raise InvalidFeatureValue(f"{column.type} is no bytes.")
+        raw = pa.array([str(value).encode() for value in layout_columns.feast_values(column)], BINARY)
+    sizes = layout_columns.byte_lengths(raw)
+    heads = np.empty((len(sizes), 2), "<u4")
+    heads[:, 0] = dtype
+    heads[:, 1] = sizes
+    return [layout_columns.fixed_width(heads), raw], sizes
 
 
 def _event_us(column: pa.Array, name: str) -> NDArray[np.int64]:
