@@ -105,9 +105,12 @@ def point_in_time_join(
     statuses: dict[str, np.ndarray] = {}
     try:
         for view in views:
+            # Where the files give each row a position, nothing depends on the order of a scan.
+            con.execute(f"SET preserve_insertion_order = {not view.scan.position}")
             table, statuses[view.name] = _Join(con, view, keys, key_types, known_by_then, expired).run(rows)
             tables.append(table)
     finally:
+        con.execute("RESET preserve_insertion_order")
         con.execute("DROP TABLE IF EXISTS entity")
         con.execute("DROP TABLE IF EXISTS found")
     columns = {name: table[name] for table in tables for name in table.column_names}
@@ -221,10 +224,11 @@ class _Join:
         status = np.full(rows, FeatureStatus.NOT_FOUND, np.int8)
         found = self._find(status)
         table = self._fetch(found) if found else self._no_rows()
-        at = np.full(rows, -1, np.int64)
-        at[table["row"].to_numpy()] = np.arange(table.num_rows)
-        table = table.drop_columns(["row"]).combine_chunks().take(pa.array(at, mask=at < 0))
-        return table.rename_columns(list(self.view.features)), status
+        if table.num_rows < rows:
+            at = np.full(rows, -1, np.int64)
+            at[table["row"].to_numpy()] = np.arange(table.num_rows)
+            table = table.combine_chunks().take(pa.array(at, mask=at < 0))
+        return table.drop_columns(["row"]).rename_columns(list(self.view.features)), status
 
     def _find(self, status: np.ndarray) -> int:
         """Create ``found``: per entity row the identity of its newest source row. Return how many count."""
@@ -250,36 +254,38 @@ class _Join:
                 f"SELECT * REPLACE (newest[1] AS t, newest[2] AS c) FROM "
                 f"(SELECT *, greatest(t, c) AS known, {newest} AS newest FROM ({source}) WHERE c IS NOT NULL)"
             )
-        expired = f"s.t < e.{self.upper}::HUGEINT - {self.ttl}" if self.ttl else "false"
+        # 64 bits hold the difference unless the ttl spans centuries.
+        upper = f"e.{self.upper}" if lowest - self.ttl > -(1 << 63) else f"e.{self.upper}::HUGEINT"
+        fresh = f"s.t >= {upper} - {self.ttl}" if self.ttl else "true"
         self.con.execute(
             f"CREATE OR REPLACE TEMP TABLE found AS "
-            f"SELECT e.row, {', '.join(f's.{name}' for name in self.identity)}, {expired} AS expired "
-            f"FROM entity e ASOF JOIN ({source}) s ON {' AND '.join([*on, f'e.{self.unit} >= s.{at}'])}"
-            + ("" if self.expired else f" WHERE NOT ({expired})")
+            f"SELECT e.row, {', '.join(f's.{name}' for name in self.identity)} FROM entity e "
+            f"ASOF JOIN ({source}) s ON {' AND '.join([*on, f'e.{self.unit} >= s.{at}'])}"
+            + ("" if self.expired else f" WHERE {fresh}")
         )
-        found = self.con.execute("SELECT row, expired FROM found").fetchnumpy()
-        past = found["expired"].astype(bool)
-        status[found["row"]] = np.where(past, FeatureStatus.OUTSIDE_MAX_AGE, FeatureStatus.PRESENT)
-        return int(np.count_nonzero(~past))
+        if self.expired:
+            status[self._rows_found()] = FeatureStatus.OUTSIDE_MAX_AGE
+            self.con.execute(
+                f"DELETE FROM found s WHERE NOT (SELECT {fresh} FROM entity e WHERE e.row = s.row)"
+            )
+        rows = self._rows_found()
+        status[rows] = FeatureStatus.PRESENT
+        return len(rows)
+
+    def _rows_found(self) -> np.ndarray:
+        rows: np.ndarray = self.con.execute("SELECT row FROM found").fetchnumpy()["row"]
+        return rows
 
     def _fetch(self, found: int) -> pa.Table:
-        """The features of the rows in ``found`` that count, beside their row numbers, in any order."""
+        """The features of the rows in ``found``, behind their row numbers, in order."""
         on = " AND ".join(f"{value} = f.{name}" for name, value in self.identity.items())
-        reader = self.con.sql(
-            f"SELECT f.row, {self.features} FROM {self.view.scan.table} AS s JOIN found f ON {on} "
-            f"WHERE {self.where} AND NOT f.expired"
-        ).to_arrow_reader()
-        batches: list[pa.RecordBatch] = []
-        fetched = 0
-        for batch in reader:
-            fetched += batch.num_rows
-            if fetched > found:
-                break
-            batches.append(batch)
-        else:
-            return pa.Table.from_batches(batches, reader.schema)
-        reader.close()
-        return self._fetch_tied()
+        # Where source rows share an identity there are more rows than that, at worst millions for each:
+        # the limit stops before they pile up.
+        table = self.con.sql(
+            f"SELECT * FROM (SELECT f.row, {self.features} FROM {self.view.scan.table} AS s "
+            f"JOIN found f ON {on} WHERE {self.where} LIMIT {found + 1}) ORDER BY row"
+        ).to_arrow_table()
+        return table if table.num_rows == found else self._fetch_tied()
 
     def _fetch_tied(self) -> pa.Table:
         """``_fetch`` where several source rows share an identity: the last written of them counts."""
@@ -297,7 +303,7 @@ class _Join:
             f"SELECT {_aliased(self.identity)}, {self.features} FROM {table} SEMI JOIN found f ON {same} "
             f"WHERE {self.where} QUALIFY row_number() OVER ("
             f"PARTITION BY {', '.join(self.identity.values())} ORDER BY {', '.join(newest)}) = 1"
-            f") w ON {on} WHERE NOT f.expired"
+            f") w ON {on} ORDER BY f.row"
         ).to_arrow_table()
 
     def _no_rows(self) -> pa.Table:
