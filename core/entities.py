@@ -71,7 +71,7 @@ class EntitySchema:
 
     def _from_rows(self, entities: list[Any]) -> tuple[dict[str, list[Any]], int]:
         rows = len(entities)
-        self._check_count(rows)
+        self.check_count(rows)
         now = int(time.time())
         given = len(self._required)
         try:
@@ -124,13 +124,14 @@ class EntitySchema:
                 field="entities",
             )
         rows = next(iter(lengths.values()), 0)
-        self._check_count(rows)
+        self.check_count(rows)
         columns = dict(entities)
         for name in self._optional - entities.keys():
             columns[name] = [int(time.time())] * rows
         return columns, rows
 
-    def _check_count(self, rows: int) -> None:
+    def check_count(self, rows: int) -> None:
+        """Raise InvalidRequest for no rows, TooLarge for more than the limit."""
         if rows == 0:
             raise InvalidRequest(
                 "`entities` is empty.",

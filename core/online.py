@@ -111,6 +111,7 @@ class FeaturePlan:
         request_inputs: the request-time inputs it has to bring, with their expectations in ``tags``.
         stored_in: the stored view behind each name that is read and not computed.
         ttls_s: each stored view's time to live in seconds, zero for never.
+        view_versions: Feast's version number of each stored view's definition, by the name it goes by.
     """
 
     def __init__(self, definitions: Definitions, projections: Iterable[Projection]) -> None:
@@ -125,6 +126,7 @@ class FeaturePlan:
         self.short_names: dict[str, str] = {}
         self.stored_in: dict[str, str] = {}
         self.ttls_s: dict[str, float] = {}
+        self.view_versions: dict[str, int] = {}
         self.request_inputs: dict[str, Feature] = {}
         self._definitions = definitions
         self._groups: dict[tuple[tuple[str, str], ...], _KeyGroup] = {}
@@ -222,6 +224,7 @@ class FeaturePlan:
                 group = self._groups[identity] = _KeyGroup(self._definitions.project, keys)
             group.add(view, projection.name, list(features))
             self.ttls_s[projection.name] = view.ttl.total_seconds()
+            self.view_versions.setdefault(projection.name.partition("@v")[0], view.version)
             self.stored_in |= {feature_name(projection.name, f): projection.name for f in features}
 
     def _add_transformation(self, name: str, view: OnDemandView) -> None:

@@ -11,13 +11,13 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-from core.registry import ModelRegistry
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from core.errors import BanquetError
 from core.redis_connection import HashReader
+from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings
 from serving import api_docs

@@ -11,12 +11,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from core.model import LoadedModel
-from core.registry import ModelRegistry
-
 from core.errors import BanquetError, InvalidRepository, ModelNotFound, ModelNotReady
+from core.model import LoadedModel
 from core.online import FeaturePlan, OnlineReader
 from core.redis_connection import HashReader
+from core.registry import ModelRegistry
 from core.repository import Definitions, FeastRepository
 from core.settings import Settings
 from serving.metrics import RequestMetrics

@@ -14,13 +14,15 @@ from typing import Any
 import orjson
 
 from core import layout
+from core.entities import EntitySchema
 from core.errors import InvalidRequest
 from core.online import FeaturePlan, FeatureVectors
-from core.repository import DUMMY_JOIN_KEY
-from core.types import Dtype, FeatureStatus
+from core.repository import DUMMY_JOIN_KEY, Definitions
+from core.types import FeatureStatus, Field
 from serving import bodies
 from serving.batching import Columns
 from serving.catalog import Catalog
+from serving.predictor import ServedFeatures
 
 _FIELDS = (
     "entities",
@@ -30,8 +32,6 @@ _FIELDS = (
     "include_feature_view_version_metadata",
 )
 _EPOCH = "1970-01-01T00:00:00Z"
-# Python's values of these types are Feast's JSON values as they are.
-_SAME_IN_JSON = frozenset({Dtype.INT32, Dtype.INT64, Dtype.STRING, Dtype.BOOL})
 _PRESENT = FeatureStatus.PRESENT.name
 
 Result = dict[str, list[Any]]
@@ -47,33 +47,27 @@ class OnlineFeaturesEndpoint:
         request = bodies.parse(body)
         bodies.check_fields(request, _FIELDS)
         full_names = bodies.flag(request, "full_feature_names")
+        with_versions = bodies.flag(request, "include_feature_view_version_metadata")
         served = self._catalog.features(_wanted(request))
         plan = served.plan
         names = plan.names if full_names else _short_names(plan)
-        entities = request.get("entities")
-        if not isinstance(entities, dict):
-            raise InvalidRequest(
-                "`entities` must be an object of columns.",
-                hint='For example {"entities": {"user_id": [1, 2]}}.',
-                field="entities",
-            )
-        dummy = entities.pop(DUMMY_JOIN_KEY, None)
-        if not plan.join_keys and not plan.request_inputs:
-            rows = len(dummy) if isinstance(dummy, list) else 1
-            columns: Columns = {}
-        else:
-            columns, rows = served.entities.columns(entities)
-        keys = [key for key in entities if key not in plan.request_inputs]
+        columns, rows, echoed = _entities(request.get("entities"), served, self._catalog.definitions)
+        results = [_given(layout.json_column(columns[key.name], key.dtype), rows) for key in echoed]
 
-        def encode(vectors: FeatureVectors, columns: Columns) -> list[Result]:
-            return [_given(columns[key], vectors.rows) for key in keys] + _results(plan, vectors)
+        def encode(vectors: FeatureVectors, _: Columns) -> list[Result]:
+            return _results(plan, vectors)
 
-        slices = await served.read(columns, rows, encode)
-        payload: dict[str, Any] = {
-            "metadata": {"feature_names": [*keys, *names]},
-            "results": slices[0] if len(slices) == 1 else _joined(slices),
-        }
-        return orjson.dumps(payload)
+        # Requests are read together, so they have to bring the same columns.
+        asked = {name: columns[name] for name in served.columns}
+        slices = await served.read(asked, rows, encode)
+        results += slices[0] if len(slices) == 1 else _joined(slices)
+        metadata: dict[str, Any] = {"feature_names": [*(key.name for key in echoed), *names]}
+        if with_versions:
+            metadata["feature_view_metadata"] = [
+                {"name": name, "version": version} if version else {"name": name}
+                for name, version in plan.view_versions.items()
+            ]
+        return orjson.dumps({"results": results, "metadata": metadata})
 
 
 def _wanted(request: dict[str, Any]) -> str | tuple[str, ...]:
@@ -105,6 +99,38 @@ def _short_names(plan: FeaturePlan) -> list[str]:
     return names
 
 
+def _entities(
+    entities: Any, served: ServedFeatures, definitions: Definitions
+) -> tuple[Columns, int, list[Field]]:
+    """The checked columns, their length, and the join keys that the answer repeats in the request's order."""
+    if not isinstance(entities, dict):
+        raise InvalidRequest(
+            "`entities` must be an object of columns.",
+            hint='For example {"entities": {"user_id": [1, 2]}}.',
+            field="entities",
+        )
+    plan, schema = served.plan, served.entities
+    placeholder = entities.pop(DUMMY_JOIN_KEY, None)
+    keys = {key.name: key for key in plan.join_keys}
+    if any(name not in keys and name not in plan.request_inputs for name in entities):
+        # One set of entity rows often serves several calls, so the join keys of other views may stand in it.
+        others = {key.name: key for view in definitions.views.values() for key in view.join_keys}
+        keys |= {name: others[name] for name in entities if name not in keys and name in others}
+        schema = EntitySchema(list(keys.values()), list(plan.request_inputs.values()), schema.max_entities)
+    if entities or keys or plan.request_inputs:
+        columns, rows = schema.columns(entities)
+    else:
+        columns, rows = {}, len(placeholder) if isinstance(placeholder, list) else 1
+        schema.check_count(rows)
+    if isinstance(placeholder, list) and len(placeholder) != rows:
+        raise InvalidRequest(
+            f"The columns of `entities` differ in length ({DUMMY_JOIN_KEY}: {len(placeholder)}).",
+            hint=f"Leave {DUMMY_JOIN_KEY} out, or send as many values in it as in the others.",
+            field=DUMMY_JOIN_KEY,
+        )
+    return columns, rows, [keys[name] for name in entities if name in keys]
+
+
 def _given(column: list[Any], rows: int) -> Result:
     return {"values": column, "statuses": [_PRESENT] * rows, "event_timestamps": [_EPOCH] * rows}
 
@@ -122,21 +148,12 @@ def _results(plan: FeaturePlan, vectors: FeatureVectors) -> list[Result]:
         view = plan.stored_in.get(name)
         results.append(
             {
-                "values": _json_values(vectors.values[name], plan.dtypes[name]),
+                "values": vectors.values[name],
                 "statuses": [s.name for s in statuses] if statuses else present,
                 "event_timestamps": times[view] if view else computed,
             }
         )
     return results
-
-
-def _json_values(values: list[Any], dtype: Dtype) -> list[Any]:
-    if dtype in _SAME_IN_JSON:
-        return values
-    if dtype is Dtype.DOUBLE or dtype is Dtype.FLOAT:
-        # A number that JSON lacks is the only one that differs from itself when subtracted.
-        return [v if v is None or v - v == 0.0 else layout.json_value(v, dtype) for v in values]
-    return [None if value is None else layout.json_value(value, dtype) for value in values]
 
 
 def _joined(slices: list[list[Result]]) -> list[Result]:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.model import LoadedModel
-
 from core.entities import EntitySchema
 from core.errors import BanquetError, InvalidEntity
+from core.model import LoadedModel
 from core.online import FeaturePlan, FeatureVectors, OnlineReader
 from core.types import FeatureStatus
 from serving.batching import ColumnBatcher, Columns, Finished
@@ -52,13 +51,17 @@ class Answer:
 
 
 class ServedFeatures:
-    """One plan, read for many requests at once."""
+    """One plan, read for many requests at once, as the JSON values of Feast's feature server.
+
+    ``columns`` names the join keys and request-time inputs that a read has to bring.
+    """
 
     def __init__(
         self, plan: FeaturePlan, reader: OnlineReader, *, max_entities: int, slice_rows: int
     ) -> None:
         self.plan = plan
         self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
+        self.columns = (*(key.name for key in plan.join_keys), *plan.request_inputs)
         self._reader = reader
         self._batcher: ColumnBatcher[FeatureVectors] = ColumnBatcher(self._run, slice_rows=slice_rows)
 
@@ -72,7 +75,7 @@ class ServedFeatures:
         return await self._batcher.run(columns, rows, finish)
 
     async def _run(self, columns: Columns, rows: int) -> FeatureVectors:
-        return await self._reader.read(self.plan, columns, rows)
+        return await self._reader.read(self.plan, columns, rows, as_json=True)
 
 
 class ServedModel:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from core.registry import ModelRegistry
 
 from core.errors import Conflict
 from core.redis_connection import open_connection
+from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings, load_settings
 from serving.app import create_app

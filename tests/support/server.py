@@ -1,0 +1,113 @@
+"""A running Banquet server, and a running ``feast serve``, for tests that speak HTTP to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from core.settings import Settings
+from tests.support.valkey import free_port
+
+START_TIMEOUT_SECONDS = 60.0
+
+
+@contextmanager
+def banquet(repo: Path, settings: Settings | None = None) -> Iterator[httpx.Client]:
+    """A worker in a thread of this process, on a free port; gives a client for its address."""
+    from serving.server import build_app
+
+    app = build_app(repo, settings or Settings(features_only=True, state_dir=repo / ".banquet"))
+    port = free_port()
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=port, loop="asyncio", http="httptools", log_level="warning"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="banquet-server")
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            _wait(client, "/livez", thread.is_alive)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@contextmanager
+def banquet_process(repo: Path, environ: Mapping[str, str] | None = None) -> Iterator[httpx.Client]:
+    """A worker in a process of its own; gives a client for its address."""
+    code = (
+        "import sys; from pathlib import Path; from serving.server import serve;"
+        "serve(Path(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
+    )
+    settings = {"BANQUET_FEATURES_ONLY": "true", "BANQUET_STATE_DIR": str(repo / ".banquet")}
+    root = Path(__file__).parents[2]
+    port = free_port()
+    command = [sys.executable, "-c", code, str(repo), str(port)]
+    with _process(command, port, "/livez", cwd=root, environ=settings | dict(environ or {})) as client:
+        yield client
+
+
+@contextmanager
+def feast_serve(repo: Path) -> Iterator[httpx.Client]:
+    """Stock ``feast serve`` with one worker that is never restarted."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("feast")), "-c", str(repo), "serve"]
+    command += ["-h", "127.0.0.1", "-p", str(port), "--max-requests", "0", "--no-access-log"]
+    # The repository may name plugins that lie in this one.
+    environ = {"PYTHONPATH": str(Path(__file__).parents[2]), "FEAST_USAGE": "False"}
+    with _process(command, port, "/health", cwd=repo, environ=environ) as client:
+        yield client
+
+
+@contextmanager
+def _process(
+    command: list[str], port: int, path: str, *, cwd: Path, environ: Mapping[str, Any]
+) -> Iterator[httpx.Client]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BANQUET_")}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=inherited | environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            _wait(client, path, lambda: process.poll() is None)
+            yield client
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(client: httpx.Client, path: str, alive: Any) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while True:
+        try:
+            if client.get(path).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if not alive():
+            raise RuntimeError("the server ended before it answered")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{client.base_url}{path} did not answer in {START_TIMEOUT_SECONDS} s")
+        time.sleep(0.05)
