@@ -48,8 +48,8 @@ class Summary:
 
     def __str__(self) -> str:
         rows = ", ".join(f"{count:,} {source}" for source, count in self.rows.items())
-        did = f"built in {self.seconds:.1f} s" if self.rebuilt else "unchanged"
-        return f"demo data {did}: {self.first_day} to {self.last_day} (+{self.weeks_shifted} weeks); {rows}"
+        did = "built" if self.rebuilt else "unchanged"
+        return f"{did}, {self.first_day} to {self.last_day} (moved by {self.weeks_shifted} weeks): {rows}"
 
 
 def build(
