@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.errors import InvalidRepository, RedisAccessDenied, RedisReplyError, RedisUnavailable
+from core.errors import InvalidRepository, NotRedis, RedisAccessDenied, RedisReplyError, RedisUnavailable
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -123,35 +123,38 @@ class RedisAddress:
         """A blocking redis-py client with timeouts; the caller closes it. Thread-safe.
 
         Without ``socket_timeout`` redis-py, and Feast with it, would wait for ever. ``overrides`` are
-        redis-py's keyword arguments. Raises ``RedisUnavailable`` when no cluster node answers; the other
-        kinds connect with their first command, whose errors ``session`` translates.
+        redis-py's keyword arguments. Raises ``InvalidRepository`` for an option that redis-py does not have
+        and ``RedisUnavailable`` when no cluster node answers; the other kinds connect with their first
+        command, whose errors ``translated`` translates.
         """
         from redis import Redis
         from redis.backoff import ExponentialWithJitterBackoff
+        from redis.cluster import ClusterNode, RedisCluster
         from redis.retry import Retry
         from redis.sentinel import Sentinel
 
-        arguments: dict[str, Any] = {
+        patience: dict[str, Any] = {
             "socket_timeout": DEFAULT_SOCKET_TIMEOUT_SECONDS,
             "socket_connect_timeout": DEFAULT_CONNECT_TIMEOUT_SECONDS,
-            **self.options,
-            **overrides,
+            "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
         }
-        if self.kind == "cluster":
-            return self._cluster_client(arguments)
-        arguments.setdefault("retry", Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3))
-        if self.kind == "sentinel":
-            sentinel = Sentinel(list(self.hosts), **arguments)  # type: ignore[no-untyped-call]
-            master: Redis = sentinel.master_for(self.master)  # type: ignore[no-untyped-call]
-            return master
-        return Redis(host=self.host, port=self.port, **arguments)
-
-    def _cluster_client(self, arguments: dict[str, Any]) -> RedisCluster:
-        from redis.cluster import ClusterNode, RedisCluster
-
-        nodes = [ClusterNode(host, port) for host, port in self.hosts]  # type: ignore[no-untyped-call]
-        with self.translated():
-            return RedisCluster(startup_nodes=nodes, **arguments)
+        arguments = {**patience, **self.options, **overrides}
+        try:
+            if self.kind == "cluster":
+                nodes = [ClusterNode(*host) for host in self.hosts]  # type: ignore[no-untyped-call]
+                with self.translated():
+                    return RedisCluster(startup_nodes=nodes, **arguments)
+            if self.kind == "sentinel":
+                given = self.options.get("sentinel_kwargs")
+                if given is None:  # as redis-py has it: the password is the master's alone
+                    given = {key: value for key, value in self.options.items() if key.startswith("socket_")}
+                arguments["sentinel_kwargs"] = {**patience, **given}
+                sentinel = Sentinel(list(self.hosts), **arguments)  # type: ignore[no-untyped-call]
+                master: Redis = sentinel.master_for(self.master)  # type: ignore[no-untyped-call]
+                return master
+            return Redis(host=self.host, port=self.port, **arguments)
+        except TypeError as exc:
+            raise _invalid(f"sets an option that redis-py does not have: {exc}") from exc
 
     @contextmanager
     def session(self, **overrides: Any) -> Iterator[Any]:
@@ -169,18 +172,23 @@ class RedisAddress:
 
     @contextmanager
     def translated(self) -> Iterator[None]:
-        """redis-py's errors within the block as Banquet's."""
+        """redis-py's errors within the block as Banquet's; those of locks and of its arguments stay."""
         from redis import exceptions
 
         try:
             yield
-        except exceptions.AuthenticationError as exc:
-            raise self.access_denied(str(exc)) from exc
-        except (exceptions.ConnectionError, exceptions.TimeoutError) as exc:
-            raise self.unavailable(str(exc)) from exc
+        except (exceptions.AuthenticationError, exceptions.NoPermissionError) as exc:
+            raise self.access_denied(_reply(exc)) from exc
+        except exceptions.InvalidResponse as exc:
+            raise self.not_redis(str(exc)) from exc
         except exceptions.ResponseError as exc:
-            raise self.reply_error(str(exc)) from exc
-        except exceptions.RedisError as exc:  # redis-py's own: a cluster without nodes, no master found
+            raise self.reply_error(_reply(exc)) from exc
+        except (
+            exceptions.ConnectionError,
+            exceptions.TimeoutError,
+            exceptions.ClusterError,
+            exceptions.RedisClusterException,
+        ) as exc:
             raise self.unavailable(str(exc)) from exc
 
     def unavailable(self, reason: str) -> RedisUnavailable:
@@ -188,6 +196,13 @@ class RedisAddress:
         return RedisUnavailable(
             f"Redis at {self} does not answer: {reason.rstrip('.')}.",
             hint="Check that it runs and that online_store.connection_string in feature_store.yaml is right.",
+        )
+
+    def not_redis(self, reason: str) -> NotRedis:
+        """The error to raise when something listens at this address and speaks another protocol."""
+        return NotRedis(
+            f"What listens at {self} is not Redis, or speaks TLS: {reason.rstrip('.')}.",
+            hint="Name another port in online_store.connection_string, or add ssl=true to it.",
         )
 
     def access_denied(self, reason: str) -> RedisAccessDenied:
@@ -231,6 +246,12 @@ _PASSING = frozenset(
 
 def _invalid(what: str, hint: str | None = None) -> InvalidRepository:
     return InvalidRepository(f"online_store.connection_string {what}.", hint=hint)
+
+
+def _reply(error: Exception) -> str:
+    """The error reply as Redis sent it: redis-py cuts its code off."""
+    code = getattr(error, "status_code", None)
+    return f"{code} {error}" if code and not str(error).startswith(code) else str(error)
 
 
 def _host(segment: str) -> tuple[str, int]:

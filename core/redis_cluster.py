@@ -128,7 +128,10 @@ class ClusterConnection:
                 for position, values in zip(positions, hashes, strict=True):
                     answers[index][position] = values
 
-        await _all(fetch(node, share) for node, share in shares.items())
+        if len(shares) == 1:
+            await fetch(*shares.popitem())
+        else:
+            await _all(fetch(node, share) for node, share in shares.items())
         return answers
 
     async def _read_from(

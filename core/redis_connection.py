@@ -251,9 +251,12 @@ class RedisConnection:
                 else:
                     since = now()
                     self._link = link
-                    self.reconnects += self._attempted.is_set()
+                    if self._attempted.is_set():
+                        self.reconnects += 1
+                        logger.info("connected to Redis at %s again", self.address)
                     self._attempted.set()
                     await self._until_lost(link)
+                    logger.warning("lost a connection: %s", self._reason.message)
                     failures = failures + 1 if now() - since < LONGEST_PAUSE_SECONDS else 0
                 self._attempted.set()
                 if failures:

@@ -146,10 +146,10 @@ class Link(asyncio.Protocol):
                 self._replies = replies = []
                 self._progress = self._loop.time()
         except hiredis.HiredisError as exc:
-            self.drop(_not_redis(self.address, str(exc)))
+            self.drop(self.address.not_redis(str(exc)))
             return
         if self._reader.has_data():
-            self.drop(_not_redis(self.address, "it speaks unasked"))
+            self.drop(self.address.not_redis("it speaks unasked"))
 
     def _refused(self, text: str) -> str:
         if self._refusal is None:
@@ -212,9 +212,11 @@ class Dialler:
                     hint=f"Remove it; supported are {', '.join(sorted(_HONOURED))}.",
                 )
         introduction: list[tuple[str, ...]] = []
-        if options.get("password") is not None:
-            user = [options["username"]] if options.get("username") else []
-            introduction.append(("AUTH", *user, options["password"]))
+        user, password = options.get("username"), options.get("password")
+        if user:
+            introduction.append(("AUTH", user, password or ""))
+        elif password:
+            introduction.append(("AUTH", password))
         if options.get("db"):
             introduction.append(("SELECT", str(options["db"])))
         if options.get("client_name"):
@@ -291,13 +293,6 @@ class Dialler:
 def lacks_permission(error: BaseException) -> bool:
     """Whether Redis answered, only to say that its user may not run this command."""
     return isinstance(error, RedisAccessDenied) and str(error.details.get("reply")).startswith("NOPERM")
-
-
-def _not_redis(address: RedisAddress, reason: str) -> NotRedis:
-    return NotRedis(
-        f"What listens at {address} is not Redis, or speaks TLS: {reason.rstrip('.')}.",
-        hint="Name another port in online_store.connection_string, or add ssl=true to it.",
-    )
 
 
 def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from core.errors import (
     BanquetError,
+    InvalidRepository,
     NotRedis,
     Overloaded,
     RedisAccessDenied,
@@ -49,13 +51,13 @@ async def connected(address: RedisAddress, **limits: Any) -> AsyncIterator[HashR
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
-    """Run a scenario and see that it left no task behind."""
+    """Run a scenario on the server's event loop and see that it left no task behind."""
 
     async def whole() -> None:
         await scenario
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    asyncio.run(whole())
+    uvloop.run(whole())
 
 
 def values(key: bytes, fields: tuple[bytes, ...] = FIELDS) -> list[bytes]:
@@ -264,7 +266,7 @@ def test_what_listens_but_is_not_redis_is_named_as_such() -> None:
                 async with connected(address):
                     pass
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_server_that_never_answers_costs_the_timeout_and_no_more() -> None:
@@ -457,14 +459,38 @@ def test_a_read_of_100000_keys_leaves_the_loop_to_others(server: Valkey) -> None
     run(scenario())
 
 
-def test_the_blocking_session_says_what_is_wrong() -> None:
-    address = RedisAddress(hosts=(("127.0.0.1", free_port()),))
+@pytest.mark.parametrize("kind", ["standalone", "sentinel", "cluster"])
+def test_the_blocking_session_says_soon_that_nobody_is_there(kind: Any) -> None:
+    address = RedisAddress(hosts=(("127.0.0.1", free_port()),), kind=kind)
+    started = time.monotonic()
     with pytest.raises(RedisUnavailable, match="does not answer"), address.session() as client:
         client.ping()
+    assert time.monotonic() - started < 10
 
 
-def test_the_blocking_session_translates_a_refusal(server: Valkey) -> None:
+def test_the_blocking_session_translates_what_redis_refuses(server: Valkey, tmp_path: Path) -> None:
     with server.client() as client:
         client.set("text", "no hash")
+        client.acl_setuser("looker", enabled=True, nopass=True, keys=["*"], commands=["+get"])
     with pytest.raises(RedisReplyError, match="WRONGTYPE"), server.address().session() as client:
         client.hgetall("text")
+    with (
+        pytest.raises(RedisAccessDenied, match="NOPERM"),
+        server.address(username="looker").session() as client,
+    ):
+        client.hgetall("text")
+    with pytest.raises(InvalidRepository, match="soket_timeout"):
+        server.address(soket_timeout=1).client()
+    with Valkey(tmp_path, f"replicaof 127.0.0.1 {free_port()}") as replica:
+        with pytest.raises(RedisUnavailable, match="READONLY"), replica.address().session() as client:
+            client.set("text", "more")
+        run(_no_writes(replica.address()))
+
+
+async def _no_writes(address: RedisAddress) -> None:
+    """A refused write drops the connection, since it may have been to the master; it is back at once."""
+    async with connected(address) as connection:
+        with pytest.raises(RedisUnavailable, match="READONLY"):
+            await connection.command("SET", "text", "more")
+        await _until_ready(connection, 1.0)
+        await connection.ping()

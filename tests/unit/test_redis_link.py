@@ -7,7 +7,7 @@ from typing import Any
 
 import hiredis
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
@@ -72,6 +72,7 @@ def test_slots_are_those_of_redis_py(key: bytes) -> None:
     assert slot_of(key) == key_slot(key)
 
 
+@settings(max_examples=60)
 @given(st.data())
 def test_every_caller_gets_his_own_replies_however_the_bytes_arrive(data: st.DataObject) -> None:
     """Any callers, some of whom give up, some refused; any cuts in the stream."""
