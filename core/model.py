@@ -7,18 +7,19 @@ package that has no compiled form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compiled import OnnxRunner, Runner, SklearnRunner
+from core.compiled import MAX_DIFFERENCE, OnnxRunner, Runner, SklearnRunner
 from core.errors import GoldenMismatch, LibraryMismatch, SchemaMismatch
-from core.manifest import Default, ModelManifest, ServiceSchema
+from core.manifest import Default, ModelManifest, Policy, ServedFeature, ServiceSchema
 from core.registry import ModelRegistry
 from core.types import Dtype
 
@@ -27,7 +28,8 @@ Matrix = NDArray[np.float64]
 MATRIX_DTYPES = frozenset(
     {Dtype.INT32, Dtype.INT64, Dtype.FLOAT, Dtype.DOUBLE, Dtype.BOOL, Dtype.STRING, Dtype.UNIX_TIMESTAMP}
 )
-_GOLDEN_TOLERANCE = 1e-4
+# Compiled and scikit-learn's answers may differ by MAX_DIFFERENCE, and processors in the last digits.
+_GOLDEN_TOLERANCE = 2 * MAX_DIFFERENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +41,54 @@ class Predictions:
     probabilities: NDArray[Any] | None
 
 
-class MatrixColumn:
-    """One feature's way into the matrix."""
+class MatrixBuilder:
+    """Feature columns, by name, to the one matrix that training, batch scoring and serving share."""
 
-    def __init__(self, name: str, dtype: Dtype, vocabulary: Sequence[str], default: Any) -> None:
-        self.name = name
-        self._codes = (
-            {text: float(code) for code, text in enumerate(vocabulary)} if dtype is Dtype.STRING else None
-        )
-        self._timestamps = dtype is Dtype.UNIX_TIMESTAMP
-        self._default = default
+    def __init__(
+        self,
+        features: Sequence[ServedFeature],
+        vocabulary: Mapping[str, Sequence[str]],
+        policies: Mapping[str, Policy],
+    ) -> None:
+        defaults = {name: policy.default for name, policy in policies.items() if isinstance(policy, Default)}
+        self._names = [feature.name for feature in features]
+        self._codes: list[tuple[int, dict[str | None, float]]] = []
+        self._timestamps: list[int] = []
+        self._defaults: list[tuple[int, float]] = []
+        for i, feature in enumerate(features):
+            default = defaults.get(feature.name)
+            if feature.dtype is Dtype.STRING:
+                codes: dict[str | None, float] = {
+                    text: float(code) for code, text in enumerate(vocabulary[feature.name])
+                }
+                codes[None] = codes.get(cast("str | None", default), np.nan)
+                self._codes.append((i, codes))
+            elif default is not None:
+                self._defaults.append((i, float(default)))
+            if feature.dtype is Dtype.UNIX_TIMESTAMP:
+                self._timestamps.append(i)
+        self._singles = [i for i, feature in enumerate(features) if feature.dtype is Dtype.FLOAT]
 
-    def fill(self, matrix: Matrix, column: int, values: Sequence[Any]) -> None:
-        """Write ``values`` into one column of the matrix; missing ones become NaN or the default."""
-        if self._default is not None:
-            values = [self._default if _missing(value) else value for value in values]
-        if self._codes is not None:
-            nan = np.nan
-            matrix[:, column] = [self._codes.get(value, nan) for value in values]
-        elif self._timestamps:
-            matrix[:, column] = [_epoch_seconds(value) for value in values]
-        else:
-            # numpy reads None as NaN, and booleans as 0 and 1, when it makes floats.
-            matrix[:, column] = np.array(values, dtype=np.float64)
+    def build(self, values: Mapping[str, Sequence[Any]], rows: int) -> Matrix:
+        """See ``LoadedModel.matrix``."""
+        columns: list[Sequence[Any]] = [values[name] for name in self._names]
+        nan = np.nan
+        for i, codes in self._codes:
+            columns[i] = [codes.get(value, nan) for value in columns[i]]
+        for i in self._timestamps:
+            columns[i] = [_epoch_seconds(value) for value in columns[i]]
+        # numpy reads None as NaN, and booleans as 0 and 1, when it makes floats.
+        matrix = np.array(columns, dtype=np.float64).reshape(len(columns), rows)
+        if self._singles:
+            # A Float32 feature is float32 in Redis, whatever its source had.
+            with np.errstate(over="ignore"):
+                for i in self._singles:
+                    matrix[i] = matrix[i].astype(np.float32)
+        if not np.isfinite(matrix).all():
+            matrix[np.isinf(matrix)] = nan
+        for i, default in self._defaults:
+            matrix[i, np.isnan(matrix[i])] = default
+        return np.ascontiguousarray(matrix.T)
 
 
 class LoadedModel:
@@ -70,11 +97,7 @@ class LoadedModel:
     def __init__(self, manifest: ModelManifest, runner: Runner) -> None:
         self.manifest = manifest
         self._runner = runner
-        defaults = {n: p.default for n, p in manifest.policies.items() if isinstance(p, Default)}
-        self._columns = [
-            MatrixColumn(f.name, f.dtype, manifest.vocabulary.get(f.name, ()), defaults.get(f.name))
-            for f in manifest.schema.features
-        ]
+        self._builder = MatrixBuilder(manifest.schema.features, manifest.vocabulary, manifest.policies)
         self._rejects = [name for name, policy in manifest.policies.items() if policy == "reject"]
 
     @classmethod
@@ -91,25 +114,19 @@ class LoadedModel:
         _check_schema(manifest, serves)
         _check_libraries(manifest)
         content = registry.artifact(manifest, manifest.compiled.artifact)
-        runner: Runner
-        if manifest.compiled.form == "onnx":
-            runner = OnnxRunner(content)
-        else:
-            runner = SklearnRunner.load(content, manifest.task, manifest.classes)
-        model = cls(manifest, runner)
+        compiled = manifest.compiled.form == "onnx"
+        model = cls(manifest, OnnxRunner(content) if compiled else SklearnRunner.load(content))
         model._check_golden()
         return model
 
     def matrix(self, values: Mapping[str, Sequence[Any]], rows: int) -> Matrix:
         """The float64 matrix (rows, features) in the manifest's order, from columns by feature name.
 
-        None and NaN become NaN or the policy's default; a string is its index in the vocabulary, NaN where
-        it was not seen in training; a timestamp is epoch seconds; a boolean 0 or 1.
+        None and NaN become NaN or the policy's default, and so does an infinity; a string is its index in
+        the vocabulary, NaN where it was not seen in training; a timestamp is whole epoch seconds; a boolean
+        0 or 1.
         """
-        matrix = np.empty((rows, len(self._columns)), dtype=np.float64)
-        for i, column in enumerate(self._columns):
-            column.fill(matrix, i, values[column.name])
-        return matrix
+        return self._builder.build(values, rows)
 
     def rejected(self, values: Mapping[str, Sequence[Any]], rows: int) -> dict[int, list[str]]:
         """The rows that miss a feature whose policy is ``reject``, and those features."""
@@ -151,8 +168,8 @@ class LoadedModel:
                 difference = abs(found.labels[i] - expected) / max(abs(expected), 1.0)
             if not difference <= _GOLDEN_TOLERANCE:
                 raise GoldenMismatch(
-                    f"Model {self.manifest.name} version {self.manifest.version} does not reproduce golden row "
-                    f"{i}: it differs by {difference:.3g}, allowed are {_GOLDEN_TOLERANCE:g}.",
+                    f"Model {self.manifest.name} version {self.manifest.version} does not reproduce golden "
+                    f"row {i}: it differs by {difference:.3g}, allowed are {_GOLDEN_TOLERANCE:g}.",
                     hint="Serve it with the library versions in its manifest, or train it anew.",
                     row=i,
                     difference=difference,
@@ -172,9 +189,8 @@ def _check_schema(manifest: ModelManifest, serves: ServiceSchema) -> None:
         if was[feature].dtype is not now[feature].dtype:
             problems.append(f"{feature} was {was[feature].dtype.name} and is {now[feature].dtype.name}")
         if was[feature].ttl_seconds != now[feature].ttl_seconds:
-            problems.append(
-                f"the ttl of {feature} was {was[feature].ttl_seconds:g} s and is {now[feature].ttl_seconds:g} s"
-            )
+            before, after = was[feature].ttl_seconds, now[feature].ttl_seconds
+            problems.append(f"the ttl of {feature} was {before:g} s and is {after:g} s")
     if not problems and list(was) != list(now):
         problems.append("the order of the features changed")
     if trained.join_keys != serves.join_keys:
@@ -195,6 +211,9 @@ def _check_libraries(manifest: ModelManifest) -> None:
         here = version("scikit-learn")
     except PackageNotFoundError:
         here = None
+    # A compiled form runs without scikit-learn, so a server need not have it at all.
+    if here is None and manifest.compiled.form != "sklearn":
+        return
     if trained is not None and trained != here:
         raise LibraryMismatch(
             f"Model {manifest.name} version {manifest.version} was trained with scikit-learn {trained}; "
@@ -205,10 +224,14 @@ def _check_libraries(manifest: ModelManifest) -> None:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or value != value
+    """None, NaN and the infinities, as the matrix has it."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _epoch_seconds(value: Any) -> float:
-    if _missing(value):
-        return np.nan
-    return value.timestamp() if isinstance(value, datetime) else float(value)
+    """Whole seconds, as Redis holds them; a datetime without a zone is UTC, as Feast reads it."""
+    if isinstance(value, datetime):
+        if value != value:  # pandas' NaT is a datetime
+            return np.nan
+        return float((value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp() // 1)
+    return np.nan if value is None else float(value)

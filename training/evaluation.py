@@ -1,17 +1,74 @@
 """How good a model is on rows it has not seen, beside baselines that anyone could have.
 
-Pure: labels and scores in, numbers out. Knows no Feast, no registry.
+Pure: a model, a matrix and labels in, numbers out. Knows no Feast, no registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.model import LoadedModel
+
 Array = NDArray[Any]
+
+
+def judge(
+    model: LoadedModel,
+    matrix: Array,
+    labels: Array,
+    parts: Mapping[str, Array],
+    *,
+    recency: int | None = None,
+) -> tuple[dict[str, Any], bool]:
+    """Metrics on the held-out rows, of the model and of each baseline, and whether it beats them all.
+
+    Args:
+        model: what is judged.
+        matrix: float64 (rows, features), all rows.
+        labels: shape (rows,): classes, or a regressor's values.
+        parts: positions of the ``training`` and ``holdout`` rows.
+        recency: the column of the recency-only baseline, which needs a binary classifier.
+
+    Returns:
+        The metrics with ``baselines`` by name among them. Beating a baseline means a lower ``log_loss`` and
+        a higher ``roc_auc``, or a lower ``rmse``, or a higher ``accuracy`` where there are no probabilities.
+    """
+    training, holdout = parts["training"], parts["holdout"]
+    predicted = model.predict(matrix[holdout])
+    truth = labels[holdout]
+    classes = np.array(model.manifest.classes)
+    if not len(classes):
+        metrics = value_metrics(truth, np.array(predicted.labels))
+        mean = np.full(len(truth), labels[training].mean())
+        metrics["baselines"] = {"mean": value_metrics(truth, mean)}
+        return metrics, metrics["rmse"] < metrics["baselines"]["mean"]["rmse"]
+    known, truth = np.searchsorted(classes, labels[training]), np.searchsorted(classes, truth)
+    constant = constant_probabilities(known, len(classes), len(truth))
+    if predicted.probabilities is None:
+        found = np.searchsorted(classes, np.array(predicted.labels))
+        metrics = {
+            "accuracy": float((found == truth).mean()),
+            "baselines": {"most_common": {"accuracy": float((truth == constant[0].argmax()).mean())}},
+        }
+        return metrics, metrics["accuracy"] > metrics["baselines"]["most_common"]["accuracy"]
+    metrics = probability_metrics(truth, predicted.probabilities)
+    baselines = {"constant_rate": probability_metrics(truth, constant)}
+    if len(classes) == 2:
+        metrics["reliability"] = reliability(truth, predicted.probabilities[:, 1])
+        if recency is not None:
+            guess = recency_probabilities(matrix[training, recency], known, matrix[holdout, recency])
+            baselines["recency_only"] = probability_metrics(truth, guess)
+    metrics["baselines"] = baselines
+    beats = all(
+        metrics["log_loss"] < baseline["log_loss"]
+        and metrics.get("roc_auc", 1.0) > baseline.get("roc_auc", 0.0)
+        for baseline in baselines.values()
+    )
+    return metrics, beats
 
 
 def probability_metrics(labels: Array, probabilities: Array) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -184,6 +185,9 @@ def load_spec(reference: str) -> ModelSpec:
             f"{reference!r} does not name a model spec.",
             hint="Give MODULE:NAME or FILE.py:NAME, such as demo.model:spec.",
         )
+    # Before scikit-learn is imported, which is usually here: OpenMP threads that spin while they wait make a
+    # fit on a busy machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     is_file = target.endswith(".py")
     try:
         module = _execute(Path(target)) if is_file else importlib.import_module(target)

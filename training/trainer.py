@@ -7,6 +7,7 @@ estimator is fitted on what serving will give it.
 from __future__ import annotations
 
 import io
+import pickle
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -18,25 +19,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.compiled import SklearnRunner, compile_estimator
+from core.compiled import SklearnRunner
 from core.dataset import training_dataset
 from core.errors import InvalidModelSpec
 from core.manifest import (
     BASELINE_FILE,
     MODEL_FILE,
-    CompiledForm,
+    Default,
     GoldenRow,
     ModelManifest,
     ServiceSchema,
     TrainingWindow,
     finite_or_none,
 )
-from core.model import MATRIX_DTYPES, LoadedModel
+from core.model import MATRIX_DTYPES, LoadedModel, MatrixBuilder
 from core.online import FeaturePlan
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.repository import FeastRepository
 from core.types import Dtype
 from training import evaluation
+from training.compiler import compile_estimator
 from training.spec import MatrixColumns, ModelSpec
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ Say = Callable[[str], None]
 
 BASELINE_ROWS = 2_000
 GOLDEN_ROWS = 20
+COMPARED_ROWS = 20_000
+MAX_CATEGORIES = 10_000
 _LIBRARIES = ("scikit-learn", "numpy", "onnxruntime", "feast", "feast-banquet")
 
 
@@ -95,21 +99,46 @@ def train(
     labels, classes = _labels(entities[spec.label], spec, parts["training"])
     values = {feature.name: _raw(dataset.frame[feature.name]) for feature in schema.features}
     vocabulary = {
-        f.name: _vocabulary(values[f.name], parts["training"])
+        f.name: _vocabulary(f.name, values[f.name], parts["training"])
         for f in schema.features
         if f.dtype is Dtype.STRING
     }
-    draft = _draft(spec, schema, classes, vocabulary, window, dataset.lock.content_digest)
-    matrix = LoadedModel(draft, _NoRunner()).matrix(values, len(entities))
-    estimator = _fit(spec, MatrixColumns(draft.feature_names, vocabulary), matrix, labels, parts)
+    _check_defaults(spec, schema, vocabulary)
+    matrix = MatrixBuilder(schema.features, vocabulary, spec.policy).build(values, len(entities))
+    columns = MatrixColumns(tuple(values), vocabulary)
+    estimator = _fit(spec, columns, matrix, labels, parts)
+    pickled = _pickled(spec, estimator)
 
-    sample = _sample(parts["training"])
-    compiled, graph = compile_estimator(estimator, matrix[sample], spec.task, classes)
+    compiled, graph = compile_estimator(estimator, matrix[_evenly(len(matrix), COMPARED_ROWS)])
     say(f"runs as {compiled.form}" + (f" ({compiled.reason})" if compiled.reason else ""))
-    model = LoadedModel(replace(draft, compiled=compiled), SklearnRunner(estimator, spec.task, classes))
-    metrics, beats = _judge(spec, model, matrix, labels, parts, draft.feature_names)
-    files = _files(estimator, compiled, graph, dataset.frame, list(values), sample)
+    draft = ModelManifest(
+        name=spec.name,
+        version=1,
+        created=datetime.now(tz=UTC),
+        description=spec.description,
+        task=spec.task,
+        schema=schema,
+        label=spec.label,
+        classes=classes,
+        threshold=spec.threshold,
+        policies=dict(spec.policy),
+        vocabulary=vocabulary,
+        window=window,
+        dataset_digest=dataset.lock.content_digest,
+        libraries=_libraries(),
+        golden=(),
+        compiled=compiled,
+        artifacts={MODEL_FILE: "0" * 64, compiled.artifact: "0" * 64},
+    )
+    model = LoadedModel(draft, SklearnRunner(estimator))
+    _check_predictions(spec, model, estimator, matrix[parts["holdout"]])
+    recency = None if spec.recency_feature is None else columns.index(spec.recency_feature)
+    metrics, beats = evaluation.judge(model, matrix, labels, parts, recency=recency)
+    sample = _sample(parts["training"])
     golden = _golden(model, values, matrix, sample)
+    files = {MODEL_FILE: pickled, BASELINE_FILE: _parquet(dataset.frame.loc[sample, list(values)])}
+    if graph is not None:
+        files[compiled.artifact] = graph
 
     def describe(number: int, digests: Mapping[str, str]) -> ModelManifest:
         return replace(
@@ -118,7 +147,6 @@ def train(
             created=datetime.now(tz=UTC),
             metrics=finite_or_none(metrics),
             golden=golden,
-            compiled=compiled,
             artifacts=dict(digests),
         )
 
@@ -176,7 +204,7 @@ def split_by_time(timestamps: pd.Series[Any], spec: ModelSpec) -> tuple[dict[str
     known = timestamps + spec.label_horizon
     masks = {
         "training": known <= calibration,
-        "calibration": (timestamps >= calibration) & (known <= split),
+        "calibration": (timestamps > calibration) & (known <= split),
         "holdout": timestamps > split,
     }
     parts = {name: np.flatnonzero(mask.to_numpy()) for name, mask in masks.items()}
@@ -199,13 +227,6 @@ def split_by_time(timestamps: pd.Series[Any], spec: ModelSpec) -> tuple[dict[str
     return parts, window
 
 
-class _NoRunner:
-    """Stands where the estimator is not fitted yet and only the matrix is wanted."""
-
-    def scores(self, matrix: Array) -> Array:
-        raise NotImplementedError
-
-
 def _schema(repository: FeastRepository, spec: ModelSpec) -> ServiceSchema:
     schema = FeaturePlan.for_service(repository.definitions(), spec.service).schema(spec.service)
     for feature in schema.features:
@@ -222,16 +243,30 @@ def _schema(repository: FeastRepository, spec: ModelSpec) -> ServiceSchema:
 
 
 def _labels(column: pd.Series[Any], spec: ModelSpec, training: Array) -> tuple[Array, tuple[Any, ...]]:
-    """Class indices and the classes; for a regressor the values and no classes."""
+    """The labels as an array of one plain dtype, and the classes in its order; a regressor has none."""
     if spec.task == "regression":
-        return column.to_numpy(dtype=np.float64), ()
-    classes, labels = np.unique(column.to_numpy(), return_inverse=True)
-    seen = np.unique(labels[training])
-    if len(seen) < len(classes) or len(classes) < 2:
+        try:
+            values = column.to_numpy(dtype=np.float64)
+        except (TypeError, ValueError) as exc:
+            raise InvalidModelSpec(
+                f"The label {spec.label!r} of a regressor must be numeric: {exc}."
+            ) from exc
+        return values, ()
+    kinds = {type(label) for label in column.tolist()}
+    if len(kinds) > 1 or not kinds <= {bool, int, float, str}:
+        raise InvalidModelSpec(
+            f"The label {spec.label!r} has values of type {', '.join(sorted(k.__name__ for k in kinds))}.",
+            hint="A class is an integer, a string or a boolean, the same type in every row.",
+        )
+    labels = np.array(column.tolist())
+    classes, seen = np.unique(labels), np.unique(labels[training])
+    if len(classes) < 2 or len(seen) < len(classes):
         raise InvalidModelSpec(
             f"The training part of model spec {spec.name!r} has {len(seen)} of {len(classes)} classes.",
             hint="A classifier needs two or more classes, each of them in the training part.",
         )
+    if spec.threshold is not None and len(classes) > 2:
+        raise InvalidModelSpec(f"Model spec {spec.name!r} has a threshold but {len(classes)} classes.")
     return labels, tuple(classes.tolist())
 
 
@@ -249,44 +284,42 @@ def _raw(column: pd.Series[Any]) -> Any:
     return [None if empty else value for value, empty in zip(column, column.isna(), strict=True)]
 
 
-def _vocabulary(values: Any, training: Array) -> tuple[str, ...]:
-    return tuple(sorted({values[row] for row in training.tolist()} - {None}))
+def _vocabulary(name: str, values: Any, training: Array) -> tuple[str, ...]:
+    found = {values[row] for row in training.tolist()} - {None}
+    if len(found) > MAX_CATEGORIES:
+        raise InvalidModelSpec(
+            f"Feature {name} has {len(found):,} distinct values in the training part.",
+            hint=f"A string feature is a category, of at most {MAX_CATEGORIES:,}; leave this one out of the "
+            "feature service or group it in an on-demand view.",
+        )
+    return tuple(sorted(found))
 
 
-def _draft(
-    spec: ModelSpec,
-    schema: ServiceSchema,
-    classes: tuple[Any, ...],
-    vocabulary: Mapping[str, tuple[str, ...]],
-    window: TrainingWindow,
-    dataset_digest: str,
-) -> ModelManifest:
-    """The manifest as far as it is known before fitting."""
-    libraries = {"python": platform.python_version()}
+def _check_defaults(
+    spec: ModelSpec, schema: ServiceSchema, vocabulary: Mapping[str, tuple[str, ...]]
+) -> None:
+    """A default must be a value that the feature could have."""
+    for feature in schema.features:
+        policy = spec.policy.get(feature.name)
+        if not isinstance(policy, Default):
+            continue
+        text = feature.dtype is Dtype.STRING
+        fits = policy.default in vocabulary[feature.name] if text else not isinstance(policy.default, str)
+        if not fits:
+            wanted = "a value seen in training" if text else "a number"
+            raise InvalidModelSpec(
+                f"The default {policy.default!r} of feature {feature.name} is not {wanted}."
+            )
+
+
+def _libraries() -> dict[str, str]:
+    found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            libraries[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return ModelManifest(
-        name=spec.name,
-        version=1,
-        created=datetime.now(tz=UTC),
-        description=spec.description,
-        task=spec.task,
-        schema=schema,
-        label=spec.label,
-        classes=classes,
-        threshold=spec.threshold,
-        policies=dict(spec.policy),
-        vocabulary=dict(vocabulary),
-        window=window,
-        dataset_digest=dataset_digest,
-        libraries=libraries,
-        golden=(),
-        compiled=CompiledForm("sklearn", MODEL_FILE, 0.0, True, 0),
-        artifacts={MODEL_FILE: "0" * 64},
-    )
+    return found
 
 
 def _fit(
@@ -294,6 +327,12 @@ def _fit(
 ) -> Any:
     try:
         estimator = spec.build(columns).fit(matrix[parts["training"]], labels[parts["training"]])
+        if spec.calibration is not None:
+            from sklearn.calibration import CalibratedClassifierCV
+            from sklearn.frozen import FrozenEstimator
+
+            estimator = CalibratedClassifierCV(FrozenEstimator(estimator), method=spec.calibration_method)
+            estimator.fit(matrix[parts["calibration"]], labels[parts["calibration"]])
     except InvalidModelSpec:
         raise
     except Exception as exc:
@@ -302,60 +341,37 @@ def _fit(
             f"{type(exc).__name__}: {exc}",
             hint="It gets a float64 matrix with NaN where a value is missing; see ModelSpec.",
         ) from exc
-    if spec.calibration is None:
-        return estimator
-    from sklearn.calibration import CalibratedClassifierCV
-    from sklearn.frozen import FrozenEstimator
-
-    calibrated = CalibratedClassifierCV(FrozenEstimator(estimator), method=spec.calibration_method)
-    return calibrated.fit(matrix[parts["calibration"]], labels[parts["calibration"]])
-
-
-def _judge(
-    spec: ModelSpec,
-    model: LoadedModel,
-    matrix: Array,
-    labels: Array,
-    parts: Mapping[str, Array],
-    names: tuple[str, ...],
-) -> tuple[dict[str, Any], bool]:
-    """Metrics on the holdout for the model and each baseline, and whether the model beats them all."""
-    training, holdout = parts["training"], parts["holdout"]
-    predicted = model.predict(matrix[holdout])
-    truth = labels[holdout]
-    if spec.task == "regression":
-        metrics = evaluation.value_metrics(truth, np.array(predicted.labels))
-        mean = np.full(len(truth), labels[training].mean())
-        metrics["baselines"] = {"mean": evaluation.value_metrics(truth, mean)}
-        return metrics, metrics["rmse"] < metrics["baselines"]["mean"]["rmse"]
-    classes = model.manifest.classes
-    if predicted.probabilities is None:
-        index = {value: i for i, value in enumerate(classes)}
-        found = np.array([index[label] for label in predicted.labels])
-        most_common = np.bincount(labels[training]).argmax()
-        metrics = {
-            "accuracy": float((found == truth).mean()),
-            "baselines": {"most_common": {"accuracy": float((truth == most_common).mean())}},
-        }
-        return metrics, metrics["accuracy"] > metrics["baselines"]["most_common"]["accuracy"]
-    metrics = evaluation.probability_metrics(truth, predicted.probabilities)
-    if len(classes) == 2:
-        metrics["reliability"] = evaluation.reliability(truth, predicted.probabilities[:, 1])
-    constant = evaluation.constant_probabilities(labels[training], len(classes), len(truth))
-    baselines = {"constant_rate": evaluation.probability_metrics(truth, constant)}
-    if spec.recency_feature is not None:
-        column = MatrixColumns(names).index(spec.recency_feature)
-        recency = evaluation.recency_probabilities(
-            matrix[training, column], labels[training], matrix[holdout, column]
+    if hasattr(estimator, "classes_") != (spec.task == "classification"):
+        raise InvalidModelSpec(
+            f"{type(estimator).__name__} does not do {spec.task}.",
+            hint='Set `task` to "classification" or "regression" as the estimator does.',
         )
-        baselines["recency_only"] = evaluation.probability_metrics(truth, recency)
-    metrics["baselines"] = baselines
-    beats = all(
-        metrics["log_loss"] < baseline["log_loss"]
-        and metrics.get("roc_auc", 1.0) > baseline.get("roc_auc", 0.0)
-        for baseline in baselines.values()
-    )
-    return metrics, beats
+    return estimator
+
+
+def _pickled(spec: ModelSpec, estimator: Any) -> bytes:
+    import joblib
+
+    content = io.BytesIO()
+    try:
+        joblib.dump(estimator, content, compress=3)
+    except (pickle.PicklingError, AttributeError, TypeError) as exc:
+        raise InvalidModelSpec(
+            f"The estimator of model spec {spec.name!r} cannot be stored: {exc}.",
+            hint="A class or function that it uses must live in an installed module, not in the spec's file.",
+        ) from exc
+    return content.getvalue()
+
+
+def _check_predictions(spec: ModelSpec, model: LoadedModel, estimator: Any, matrix: Array) -> None:
+    """An estimator may predict another class than its most likely one; here the spec has to say so."""
+    if spec.task == "regression" or spec.threshold is not None:
+        return
+    if model.predict(matrix).labels != estimator.predict(matrix).tolist():
+        raise InvalidModelSpec(
+            f"The estimator of model spec {spec.name!r} does not predict its most likely class.",
+            hint="Predictions follow the probabilities: set `threshold`, or leave the choice to them.",
+        )
 
 
 def _sample(training: Array) -> Array:
@@ -365,21 +381,15 @@ def _sample(training: Array) -> Array:
     return np.sort(generator.choice(training, size=size, replace=False))
 
 
-def _files(
-    estimator: Any,
-    compiled: CompiledForm,
-    graph: bytes | None,
-    frame: pd.DataFrame,
-    names: list[str],
-    sample: Array,
-) -> dict[str, bytes]:
-    import joblib
+def _evenly(rows: int, at_most: int) -> Array:
+    """Positions spread evenly over ``rows``."""
+    return np.unique(np.linspace(0, rows - 1, num=min(rows, at_most), dtype=np.int64))
 
-    pickled, baseline = io.BytesIO(), io.BytesIO()
-    joblib.dump(estimator, pickled, compress=3)
-    frame.loc[sample, names].to_parquet(baseline, index=False)
-    files = {MODEL_FILE: pickled.getvalue(), BASELINE_FILE: baseline.getvalue()}
-    return files if graph is None else {**files, compiled.artifact: graph}
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    content = io.BytesIO()
+    frame.to_parquet(content, index=False)
+    return content.getvalue()
 
 
 def _golden(
@@ -388,7 +398,7 @@ def _golden(
     """Rows spread over the sample, those that miss most among them, with what the model says."""
     missing = np.isnan(matrix[sample]).sum(axis=1)
     by_missing = sample[np.argsort(-missing, kind="stable")]
-    spread = sample[np.linspace(0, len(sample) - 1, num=min(GOLDEN_ROWS, len(sample)), dtype=int)]
+    spread = sample[_evenly(len(sample), GOLDEN_ROWS)]
     chosen = list(dict.fromkeys([*by_missing[: GOLDEN_ROWS // 4].tolist(), *spread.tolist()]))[:GOLDEN_ROWS]
     predicted = model.predict(matrix[chosen])
     rows = []
