@@ -85,8 +85,12 @@ def _process(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    # Feast's server drops a connection after it has answered 500, which the next request would run into.
+    limits = httpx.Limits(max_keepalive_connections=0)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False, limits=limits
+        ) as client:
             _wait(client, path, lambda: process.poll() is None)
             yield client
     finally:
