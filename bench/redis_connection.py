@@ -1,9 +1,10 @@
 """How close the online connection comes to a bare socket: `python bench/redis_connection.py [asyncio]`.
 
-Per number of keys (15 fields each, values of 9 bytes), medians of calls made in turns:
+Per number of keys (15 fields each, values of 9 bytes), medians of calls made in random turns:
 
 raw       one blocking socket: send the bytes, receive as many as the answer has
 parsed    the same, and hiredis makes Python objects of them
+loop      an asyncio protocol of a dozen lines: no timeout, no queue, no errors; what an event loop costs
 ours      RedisConnection.read_hashes
 redis-py  an asyncio pipeline of redis-py, which has hiredis too
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 import statistics
 import sys
@@ -58,11 +60,33 @@ class BareSocket:
         return replies
 
 
+class BareProtocol(asyncio.Protocol):
+    """An asyncio client that serves one caller at a time."""
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._reader = hiredis.Reader()
+
+    def ask(self, request: bytes, count: int) -> asyncio.Future[list[Any]]:
+        self._count, self._replies = count, []
+        self._answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while (reply := self._reader.gets()) is not False:
+            self._replies.append(reply)
+        if len(self._replies) == self._count:
+            self._answer.set_result(self._replies)
+
+
 async def measure(port: int, connection: Any, theirs: redis.asyncio.Redis) -> None:
     bare, fields = BareSocket(port), HashFields(FIELDS)
-    print(
-        f"{'keys':>5} {'raw':>9} {'parsed':>9} {'ours':>9} {'redis-py':>9}   microseconds; ours / raw, parsed"
-    )
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.create_connection(BareProtocol, "127.0.0.1", port)
+    names = ["raw", "parsed", "loop", "ours", "redis-py"]
+    print(f"{'keys':>5}" + "".join(f"{name:>10}" for name in names) + "   microseconds; ours / parsed, loop")
     for count in SIZES:
         keys = KEYS[:count]
         request = fields.request(keys)
@@ -78,23 +102,26 @@ async def measure(port: int, connection: Any, theirs: redis.asyncio.Redis) -> No
             return await pipeline.execute()
 
         assert await ours() == await redis_py() == bare.parsed(request, count)
-        times: dict[str, list[float]] = {"raw": [], "parsed": [], "ours": [], "redis-py": []}
+        times: dict[str, list[float]] = {name: [] for name in names}
         end = time.perf_counter() + SECONDS_PER_SIZE
         while time.perf_counter() < end:
-            for name, seconds in times.items():
+            for name in random.sample(names, len(names)):
                 started = time.perf_counter()
                 if name == "raw":
                     bare.raw(request, size)
                 elif name == "parsed":
                     bare.parsed(request, count)
+                elif name == "loop":
+                    await protocol.ask(request, count)
                 elif name == "ours":
                     await ours()
                 else:
                     await redis_py()
-                seconds.append(time.perf_counter() - started)
+                times[name].append(time.perf_counter() - started)
         middle = {name: statistics.median(seconds) * 1e6 for name, seconds in times.items()}
-        ratios = f"{middle['ours'] / middle['raw']:.2f}, {middle['ours'] / middle['parsed']:.2f}"
-        print(f"{count:>5} " + " ".join(f"{middle[name]:>9.0f}" for name in times) + f"   {ratios}")
+        ratios = f"{middle['ours'] / middle['parsed']:.2f}, {middle['ours'] / middle['loop']:.2f}"
+        print(f"{count:>5}" + "".join(f"{middle[name]:>10.0f}" for name in names) + f"   {ratios}")
+    transport.close()
 
 
 async def throughput(connection: Any) -> None:

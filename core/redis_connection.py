@@ -55,14 +55,17 @@ class HashFields:
 
     def request(self, keys: Sequence[bytes]) -> bytes:
         """The pipeline that asks for these fields of each key, as RESP."""
-        frame, tail = self._frame, self._tail
         if len(keys) == 1:
-            return b"".join((frame(len(keys[0]))[0], keys[0], tail))
+            start, _ = self._frame(len(keys[0]))
+            return start + keys[0] + self._tail
         lengths = set(map(len, keys))
         if len(lengths) == 1:
-            start, between = frame(lengths.pop())
-            return b"".join((start, between.join(keys), tail))
-        return b"".join([part for key in keys for part in (frame(len(key))[0], key, tail)])
+            start, between = self._frame(lengths.pop())
+            return b"".join((start, between.join(keys), self._tail))
+        parts: list[bytes] = []
+        for key in keys:
+            parts += (self._frame(len(key))[0], key, self._tail)
+        return b"".join(parts)
 
     def _frame(self, length: int) -> tuple[bytes, bytes]:
         """What stands before a key of that length: at the start, and after another key."""

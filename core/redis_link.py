@@ -144,7 +144,8 @@ class Link(asyncio.Protocol):
                 elif not future.done():
                     future.set_result(replies)
                 self._replies = replies = []
-                self._progress = self._loop.time()
+                if waiting:
+                    self._progress = self._loop.time()
         except hiredis.HiredisError as exc:
             self.drop(self.address.not_redis(str(exc)))
             return
