@@ -1,0 +1,88 @@
+"""How a bench reports: Markdown tables, a JSON record, a bar chart as SVG, a marked section of a document."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_COLORS = ("#8a8f98", "#2f6fde", "#d5a021", "#4aa564", "#b04a8a")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    libraries = {}
+    for name in ("feast", "scikit-learn", "redis", "hiredis", "uvicorn", "duckdb", "numpy"):
+        try:
+            libraries[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "libraries": libraries,
+    }
+
+
+def write_json(name: str, record: dict[str, Any]) -> None:
+    """``bench/results/<name>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def replace_section(document: Path, name: str, text: str) -> bool:
+    """Put ``text`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``; False where they are not."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    whole = document.read_text() if document.exists() else ""
+    if begin not in whole or end not in whole:
+        return False
+    head, rest = whole.split(begin, 1)
+    document.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+    return True
+
+
+def bar_chart(name: str, title: str, unit: str, groups: dict[str, dict[str, float]]) -> None:
+    """``bench/results/<name>.svg``: horizontal bars on a logarithmic scale, grouped, with their numbers."""
+    import math
+
+    series = list(dict.fromkeys(label for bars in groups.values() for label in bars))
+    values = [value for bars in groups.values() for value in bars.values() if value > 0]
+    low = 10 ** math.floor(math.log10(min(values)))
+    span = math.log10(max(values) / low)
+    left, width, step = 150, 470, 18
+    y, parts = 52, [f'<text x="10" y="22" font-size="15">{escape(title)}</text>']
+    for group, bars in groups.items():
+        middle = y + step * len(bars) / 2 + 4
+        parts.append(f'<text x="{left - 10}" y="{middle:.0f}" text-anchor="end">{escape(group)}</text>')
+        for label, value in bars.items():
+            length = max(1.0, width * math.log10(value / low) / span)
+            color = _COLORS[series.index(label) % len(_COLORS)]
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            parts.append(
+                f'<rect x="{left}" y="{y}" width="{length:.0f}" height="{step - 4}" fill="{color}"/>'
+            )
+            x = f"{left + length + 5:.0f}"
+            parts.append(f'<text x="{x}" y="{y + step - 7}" fill="#555">{text} {escape(label)}</text>')
+            y += step
+        y += 12
+    parts.append(f'<text x="10" y="{y + 8}" fill="#777">{escape(unit)}, logarithmic</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{y + 22}" font-family="sans-serif" '
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.svg").write_text(
+        f'{head}font-size="12"><rect width="100%" height="100%" fill="white"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
