@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from core import layout
+from core import layout_cells
 from core.errors import InvalidFeatureValue
 from core.types import Dtype
 
@@ -33,6 +33,16 @@ def fixed_width(values: NDArray[Any]) -> Bytes:
     """Numbers, one or some per row, as rows of their bytes."""
     width = values.itemsize * (values.size // max(1, len(values)))
     return np.ascontiguousarray(values).view(np.uint8).reshape(len(values), width)
+
+
+def place(piece: Bytes, block: Bytes, at: int) -> None:
+    """Write a piece into its columns of the block; eight bytes at a time where it is a column of eight."""
+    rows, width = piece.shape
+    if width == 8 and piece.strides == (8, 1):
+        target: NDArray[Any] = np.ndarray(rows, np.uint64, block.data, at, (block.shape[1],))
+        target[:] = piece.view(np.uint64)[:, 0]
+    else:
+        block[:, at : at + width] = piece
 
 
 def ragged(rows: Bytes, sizes: NDArray[np.int64]) -> Piece:
@@ -134,7 +144,7 @@ def _float_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
         return [head, fixed_width(values), CRLF]
     rows = np.empty((len(values), len(head) + values.itemsize), np.uint8)
     rows[:] = np.frombuffer(head + bytes(values.itemsize), np.uint8)
-    rows[:, len(head) :] = fixed_width(values)
+    place(fixed_width(values), rows, len(head))
     rows[missing, 1] = ord("0")
     return [ragged(rows, np.where(missing, 4, rows.shape[1])), CRLF]
 
@@ -234,7 +244,7 @@ def epoch_seconds(column: pa.Array) -> NDArray[np.int64]:
         zero = pa.scalar(0, pa.int8()).cast(column.type)
         filled = pc.if_else(pa.array(missing), zero, column) if missing.any() else column
         values = whole_numbers(filled, Dtype.INT64)
-    return np.where(missing, np.int64(layout.NULL_TIMESTAMP), values) if missing.any() else values
+    return np.where(missing, np.int64(layout_cells.NULL_TIMESTAMP), values) if missing.any() else values
 
 
 def _timestamp_value_cells(column: pa.Array, _: Dtype) -> list[Piece] | None:
@@ -293,7 +303,7 @@ def _length_prefixed_cells(tag: bytes, raw: pa.LargeBinaryArray) -> list[Piece]:
     def head(length: int) -> bytes:
         if length < 0:
             return b"$0\r\n"
-        prefix = tag + layout.varint(length)
+        prefix = tag + layout_cells.varint(length)
         return b"$%d\r\n%b" % (len(prefix) + length, prefix)
 
     return [by_length(sizes, head), raw, CRLF]
@@ -331,8 +341,8 @@ def _float_list_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
         if count < 0:
             return b"$0\r\n"
         size = count * item.itemsize
-        packed = b"\x0a" + layout.varint(size) if count else b""
-        prefix = tag + layout.varint(len(packed) + size) + packed
+        packed = b"\x0a" + layout_cells.varint(size) if count else b""
+        prefix = tag + layout_cells.varint(len(packed) + size) + packed
         return b"$%d\r\n%b" % (len(prefix) + size, prefix)
 
     return [by_length(np.where(missing, -1, counts), head), raw, CRLF]
@@ -352,7 +362,7 @@ _VECTORISED: dict[Dtype, Callable[[pa.Array, Dtype], list[Piece] | None]] = {
 
 
 def _cell_by_cell(column: pa.Array, dtype: Dtype) -> list[Piece]:
-    cells = [layout.encode_value(value, dtype) for value in feast_values(column, dtype)]
+    cells = [layout_cells.encode_value(value, dtype) for value in feast_values(column, dtype)]
     raw = pa.array(cells, BINARY)
     return [by_length(byte_lengths(raw), lambda size: b"$%d\r\n" % size), raw, CRLF]
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -156,19 +155,9 @@ def _block(rows: int, run: list[Piece]) -> Bytes:
     at = 0
     for piece in run:
         if isinstance(piece, np.ndarray):
-            _copy(piece, block, at)
+            layout_columns.place(piece, block, at)
         at += len(piece) if isinstance(piece, bytes) else piece.shape[1]
     return block
-
-
-def _copy(piece: Bytes, block: Bytes, at: int) -> None:
-    """Write a piece into its columns of the block; eight bytes at a time where it is a column of eight."""
-    rows, width = piece.shape
-    if width == 8 and piece.strides == (8, 1):
-        target: NDArray[Any] = np.ndarray(rows, np.uint64, block.data, at, (block.shape[1],))
-        target[:] = piece.view(np.uint64)[:, 0]
-    else:
-        block[:, at : at + width] = piece
 
 
 class RowEncoder:

@@ -1,40 +1,29 @@
-"""Feature values that go through protobuf: lists, sets, maps, JSON, zoned timestamps.
+"""Python values to ``feast.types.Value`` messages: lists, sets, maps, JSON, zoned timestamps, and the rest.
 
-One half of ``core.layout`` (scalars are encoded and decoded there by hand). Python values become
-``feast.types.Value`` messages as ``feast.type_map`` makes them, and messages become Python values as
-``OnlineResponse.to_dict()`` gives them, or the JSON that ``feast serve`` answers with. Where Feast 0.67 would
-fail on a value that it could store, this module stores it; ADR 0021 lists these places.
-
-Knows no Redis keys and no columns.
+One part of ``core.layout``; numbers and texts take a quicker way in ``layout_cells``. Values become messages
+as ``feast.type_map`` makes them. Where Feast 0.67 would fail on a value that it could store, this module
+stores it; ADR 0021 lists these places. Knows no Redis keys and no columns.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import re
 import uuid
 from collections.abc import Callable, Mapping
-from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from datetime import UTC, date, datetime, tzinfo
 from decimal import Decimal
 from decimal import InvalidOperation as InvalidDecimal
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from core.errors import CorruptCell, InvalidFeatureValue
+from core.errors import InvalidFeatureValue
 from core.feast_protos import Value, value_pb2
+from core.layout_messages import NULL_TIMESTAMP
 from core.types import Dtype
 
-NULL_TIMESTAMP = -(1 << 63)  # numpy's NaT, which Feast stores for a missing timestamp
-
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-# Python value -> message
 
 
 def encode(value: Any, dtype: Dtype) -> bytes:
@@ -346,215 +335,3 @@ _BUILDERS: Mapping[Dtype, Callable[[Any], Any]] = {
     Dtype.SCALAR_MAP: lambda v: Value(scalar_map_val=_scalar_map(v)),
     Dtype.ZONED_TIMESTAMP: lambda v: Value(zoned_timestamp_val=_zoned(v)),
 }
-
-
-# Message -> Python value, message -> JSON value
-
-
-def parse(cell: bytes) -> Any:
-    """The Value message of a cell.
-
-    Raises:
-        CorruptCell: the cell is no serialized Value.
-    """
-    try:
-        return Value.FromString(cell)
-    except DecodeError as exc:
-        raise CorruptCell(
-            f"A stored value of {len(cell)} bytes is no Feast value.",
-            hint="Something other than Feast wrote it; materialize the view again.",
-        ) from exc
-
-
-def to_python(message: Any) -> Any:
-    """The Python value of a Value message, as ``OnlineResponse.to_dict()`` gives it; None for a null.
-
-    Raises:
-        CorruptCell: the message holds what no writer of Feast would store, such as the year 300,000.
-    """
-    kind = message.WhichOneof("val")
-    if kind is None:
-        return None
-    try:
-        return _TO_PYTHON[kind](getattr(message, kind))
-    except (ValueError, OverflowError, OSError, InvalidDecimal) as exc:
-        raise CorruptCell(f"A stored {kind.removesuffix('_val')} cannot be decoded: {exc}.") from exc
-
-
-def to_json(message: Any) -> Any:
-    """The JSON value that ``feast serve`` gives for a Value message; None for a null.
-
-    A timestamp is seconds since the epoch, bytes are base64, a number that JSON lacks is the text "NaN",
-    "Infinity" or "-Infinity", a JSON feature stays the text it is. Unlike there, a missing timestamp is None
-    and not the number that stands for it, and a scalar map, which Feast's server leaves out, is an object
-    with its keys as texts.
-    """
-    kind = message.WhichOneof("val")
-    return None if kind is None else _TO_JSON[kind](getattr(message, kind))
-
-
-def instant(seconds: int) -> datetime | None:
-    """The UTC datetime of a stored timestamp; None for the number that stands for a missing one."""
-    return None if seconds == NULL_TIMESTAMP else datetime.fromtimestamp(seconds, tz=UTC)
-
-
-def _zoned_instant(message: Any) -> datetime | None:
-    if message.unix_timestamp == NULL_TIMESTAMP:
-        return None
-    return datetime.fromtimestamp(message.unix_timestamp, tz=_zone(message.zone))
-
-
-_OFFSET = re.compile(r"(?:UTC|GMT)?([+-])(\d{2}):?(\d{2})")
-
-
-def _zone(name: str) -> tzinfo:
-    if not name:
-        return UTC
-    try:
-        return ZoneInfo(name)
-    except (ValueError, KeyError, OSError):
-        found = _OFFSET.fullmatch(name.strip())
-        if not found:
-            return UTC
-        sign, hours, minutes = found.groups()
-        offset = timedelta(hours=int(hours), minutes=int(minutes))
-        return timezone(-offset if sign == "-" else offset)
-
-
-def _parsed_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _map_key_value(message: Any) -> Any:
-    kind = message.WhichOneof("key")
-    if kind is None:
-        return None
-    value = getattr(message, kind)
-    if kind == "unix_timestamp_key":
-        return instant(value)
-    if kind in ("uuid_key", "time_uuid_key"):
-        return uuid.UUID(value)
-    return Decimal(value) if kind == "decimal_key" else value
-
-
-def _map_key_text(message: Any) -> str:
-    kind = message.WhichOneof("key")
-    if kind is None:
-        return "null"
-    value = getattr(message, kind)
-    if isinstance(value, bytes):
-        return _base64(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _elements_of(convert: Callable[[Any], Any], into: type = list) -> Callable[[Any], Any]:
-    return lambda message: into(convert(element) for element in message.val)
-
-
-def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Feast stores a missing element of a text-like collection as an empty text."""
-    return lambda text: convert(text) if text else None
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _null(_: Any) -> None:
-    return None
-
-
-def float_json(value: float) -> float | str:
-    """A float as JSON: NaN and the infinities, which JSON lacks, as texts."""
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _base64(value: bytes) -> str:
-    return base64.b64encode(value).decode("ascii")
-
-
-def _zoned_json(message: Any) -> str | None:
-    moment = _zoned_instant(message)
-    return None if moment is None else moment.isoformat()
-
-
-def _maps(convert: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    def one(message: Any) -> dict[str, Any]:
-        return {key: convert(value) for key, value in message.val.items()}
-
-    return one, lambda message: [one(entry) for entry in message.val]
-
-
-_python_map, _python_map_list = _maps(to_python)
-_json_map, _json_map_list = _maps(to_json)
-
-_TO_PYTHON: dict[str, Callable[[Any], Any]] = {
-    "null_val": _null,
-    "unix_timestamp_val": instant,
-    "json_val": _parsed_json,
-    "uuid_val": uuid.UUID,
-    "time_uuid_val": uuid.UUID,
-    "decimal_val": Decimal,
-    "zoned_timestamp_val": _zoned_instant,
-    "map_val": _python_map,
-    "struct_val": _python_map,
-    "map_list_val": _python_map_list,
-    "struct_list_val": _python_map_list,
-    "list_val": _elements_of(to_python),
-    "set_val": _elements_of(to_python),
-    "scalar_map_val": lambda m: {_map_key_value(entry.key): to_python(entry.value) for entry in m.val},
-    "json_list_val": _elements_of(_parsed_json),
-}
-_TO_JSON: dict[str, Callable[[Any], Any]] = {
-    "null_val": _null,
-    "bytes_val": _base64,
-    "double_val": float_json,
-    "float_val": float_json,
-    "unix_timestamp_val": lambda seconds: None if seconds == NULL_TIMESTAMP else seconds,
-    "zoned_timestamp_val": _zoned_json,
-    "map_val": _json_map,
-    "struct_val": _json_map,
-    "map_list_val": _json_map_list,
-    "struct_list_val": _json_map_list,
-    "list_val": _elements_of(to_json),
-    "set_val": _elements_of(to_json),
-    "scalar_map_val": lambda m: {_map_key_text(entry.key): to_json(entry.value) for entry in m.val},
-    "json_list_val": _elements_of(_same),
-}
-_SCALARS = (
-    "bytes",
-    "string",
-    "int32",
-    "int64",
-    "double",
-    "float",
-    "bool",
-    "json",
-    "uuid",
-    "time_uuid",
-    "decimal",
-)
-for _name in _SCALARS:
-    _TO_PYTHON.setdefault(f"{_name}_val", _same)
-    _TO_JSON.setdefault(f"{_name}_val", _same)
-for _name, _to_python, _to_json in (
-    ("bytes", _same, _base64),
-    ("string", _same, _same),
-    ("int32", _same, _same),
-    ("int64", _same, _same),
-    ("double", _same, float_json),
-    ("float", _same, float_json),
-    ("bool", _same, _same),
-    ("unix_timestamp", instant, _same),
-    ("uuid", _or_none(uuid.UUID), _same),
-    ("time_uuid", _or_none(uuid.UUID), _same),
-    ("decimal", _or_none(Decimal), _same),
-):
-    for _collection, _into in (("list", list), ("set", set)):
-        _TO_PYTHON[f"{_name}_{_collection}_val"] = _elements_of(_to_python, _into)
-        _TO_JSON[f"{_name}_{_collection}_val"] = _elements_of(_to_json)

@@ -19,7 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import layout_values
+from core import layout_messages
 from core.layout_rows import EncodedRows, RowEncoder, assemble, bulk_string, command_head
 from core.types import Dtype, Field
 from tests.support.feast_values import INT32, INT64, JSON, MOMENTS, SECONDS, TEXT, same
@@ -223,7 +223,7 @@ def check(batch: pa.RecordBatch, join_keys: list[Field], features: list[Field]) 
         for field, cell in their_hash.items():
             if field in unordered:
                 mine, yours = (
-                    layout_values.to_python(layout_values.parse(c)) for c in (our_hash[field], cell)
+                    layout_messages.to_python(layout_messages.parse(c)) for c in (our_hash[field], cell)
                 )
                 assert same(mine, yours)
             else:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from core import layout
+from core import layout, layout_cells
 from core.errors import CorruptCell, InvalidEntity, InvalidFeatureValue, UnsupportedKeyVersion
 from core.types import Dtype, Field
 
@@ -202,7 +202,7 @@ def test_a_value_that_cannot_be_of_its_type_is_refused(value: Any, dtype: Dtype)
         layout.encode_value(value, dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 31, 32, 200])
+@pytest.mark.parametrize("rows", [1, 15, 16, 400])
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [
@@ -226,7 +226,33 @@ def test_long_and_short_columns_with_and_without_gaps_decode_alike(
     assert layout.decode_column(cells, dtype) == expected
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("gap", [b"", None, b"\x12\x01x"])
+@pytest.mark.parametrize(
+    "dtype", [Dtype.INT64, Dtype.INT32, Dtype.UNIX_TIMESTAMP, Dtype.STRING, Dtype.DOUBLE]
+)
+def test_a_long_column_of_different_values_decodes_as_its_cells_do_one_by_one(
+    dtype: Dtype, gap: bytes | None
+) -> None:
+    """Such columns go through numpy; every length of varint is among them."""
+    bits = range(1, 32) if dtype is not Dtype.INT64 else range(1, 64)
+    numbers = [sign * (1 << bit) + step for bit in bits for sign in (1, -1) for step in range(20)]
+    numbers = [number for number in numbers if -(2**31) <= number < 2**31 or dtype is Dtype.INT64]
+    as_value = {Dtype.STRING: str, Dtype.DOUBLE: float}.get(dtype, int)
+    cells: list[bytes | None] = [layout.encode_value(as_value(n), dtype) for n in numbers if abs(n) < 2**63]
+    for column in (cells, [*cells, gap], [gap, *cells, cells[0]]):
+        assert layout.decode_column(column, dtype) == [layout.decode_value(cell, dtype) for cell in column]
+        one_by_one = [layout.decode_json_column([cell], dtype)[0] for cell in column]
+        assert layout.decode_json_column(column, dtype) == one_by_one
+
+
+@pytest.mark.parametrize("broken", [b"\x20", b"\x20\x80", b"\x20" + b"\x80" * 10, b"\x20\xff\xff\x80"])
+def test_a_broken_cell_in_a_long_column_is_an_error(broken: bytes) -> None:
+    cells = [layout.encode_value(number, Dtype.INT64) for number in range(1000)]
+    with pytest.raises(CorruptCell):
+        layout.decode_column([*cells, broken], Dtype.INT64)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 400])
 def test_a_column_whose_type_was_changed_decodes_by_what_is_stored(rows: int) -> None:
     stored = [layout.encode_value(7, Dtype.INT64), layout.encode_value("seven", Dtype.STRING)] * rows
     for dtype in (Dtype.DOUBLE, Dtype.FLOAT, Dtype.INT64, Dtype.STRING, Dtype.UUID, Dtype.MAP):
@@ -261,7 +287,7 @@ def test_json_values_of_python_values_are_those_of_their_cells() -> None:
     [b"\x20", b"\x20\x80", b"\x12\x05ab", b"\x29\x00", b"\x12\x01\xff", b"\x07", b"\x72\x04\x0a\x09\x01"],
 )
 @pytest.mark.parametrize("dtype", [Dtype.DOUBLE, Dtype.INT64, Dtype.STRING])
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 40, 400])
 def test_a_broken_cell_is_an_error_and_never_a_value(cell: bytes, dtype: Dtype, rows: int) -> None:
     with pytest.raises(CorruptCell):
         layout.decode_column([cell] * rows, dtype)
@@ -285,7 +311,7 @@ def test_decoded_collections_are_never_shared_between_calls() -> None:
 
 
 def test_the_memo_of_decoded_cells_stays_bounded() -> None:
-    memo = layout._Memo(len)
+    memo = layout_cells._Memo(len)
     for number in range(2 * memo.LIMIT):
         assert memo[b"%09d" % number] == 9
     assert len(memo) <= memo.LIMIT + 2
@@ -302,7 +328,27 @@ def test_event_timestamps_keep_their_nanoseconds(nanoseconds: int) -> None:
     cell = layout.encode_timestamp(nanoseconds)
     assert layout.decode_timestamp(cell) == nanoseconds
     assert layout.decode_timestamps([cell, None]) == [nanoseconds, None]
-    assert layout.decode_timestamps([cell, None] * 30) == [nanoseconds, None] * 30
+    assert layout.decode_timestamps([cell, None] * 300) == [nanoseconds, None] * 300
+
+
+@pytest.mark.parametrize("other", [None, b"", b"\x08\x05", b"\x08\x05\x10\x80\x80\x01", b"\x10\x01"])
+def test_a_long_column_of_different_event_timestamps_decodes_as_its_cells_do_one_by_one(
+    other: bytes | None,
+) -> None:
+    steps = [0, 1, 127, 128, 999, 16_384, 999_999, 2_097_152, 268_435_456, 999_999_999]
+    moments = [seconds * 10**9 + step for seconds in range(2**28, 2**33, 2**27) for step in steps]
+    cells = [layout.encode_timestamp(nanoseconds) for nanoseconds in moments]
+    assert layout.decode_timestamps(cells) == moments
+    expected = layout.decode_timestamps([other])
+    assert layout.decode_timestamps([*cells, other]) == moments + expected
+
+
+@pytest.mark.parametrize("broken", [b"\x08", b"\x08\x80\x80\x80\x80", b"\x08\x80\x80\x80\x80\x01\x10\x80"])
+@pytest.mark.parametrize("company", [0, 500])
+def test_a_broken_event_timestamp_is_an_error(broken: bytes, company: int) -> None:
+    cells = [layout.encode_timestamp(10**18 + number) for number in range(company)]
+    with pytest.raises(CorruptCell):
+        layout.decode_timestamps([*cells, broken])
 
 
 def test_a_stored_timestamp_at_the_epoch_is_empty_and_not_absent() -> None:
