@@ -6,22 +6,16 @@ field, the row and the type that was expected.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from collections.abc import Sequence
 from typing import Any
-from uuid import UUID
 
+from core import json_values
 from core.errors import InvalidEntity, InvalidRequest, TooLarge
 from core.expectations import Expectation
+from core.json_values import describe
 from core.repository import Feature
-from core.types import Dtype, Field
-
-Check = Callable[[Any], Any]
+from core.types import Field
 
 
 class EntitySchema:
@@ -88,7 +82,7 @@ class EntitySchema:
         for index, row in enumerate(entities):
             if not isinstance(row, dict):
                 return InvalidEntity(
-                    f"Row {index} is {_describe(row)}, not an object.",
+                    f"Row {index} is {describe(row)}, not an object.",
                     hint=f"For example {self._example()}.",
                     field="entities",
                     row=index,
@@ -111,7 +105,7 @@ class EntitySchema:
         for name in entities:
             if not isinstance(entities[name], list):
                 raise InvalidEntity(
-                    f"Column `{name}` is {_describe(entities[name])}, not a list.",
+                    f"Column `{name}` is {describe(entities[name])}, not a list.",
                     hint=f"For example {self._example()}.",
                     field=name,
                 )
@@ -149,21 +143,20 @@ class EntitySchema:
     def _checked(self, name: str, column: list[Any]) -> list[Any]:
         dtype = self._dtypes[name]
         expectation = self._inputs.get(name)
-        if expectation is None and dtype in _EXACT and _uniform(column, dtype):
+        if expectation is None and json_values.uniform(column, dtype):
             return column
-        check = _CHECKS.get(dtype, _anything)
         checked: list[Any] = []
         for row, value in enumerate(column):
             if value is None and expectation is not None:
                 checked.append(None)
             else:
                 try:
-                    checked.append(check(value))
-                except (TypeError, ValueError, OverflowError, InvalidOperation, binascii.Error):
-                    wanted = _WANTED.get(dtype, dtype.name)
+                    checked.append(json_values.read(value, dtype))
+                except ValueError:
+                    wanted = json_values.wanted(dtype)
                     raise InvalidEntity(
-                        f"`{name}` in row {row} is {_describe(value)}; it must be {wanted}.",
-                        hint=_HINTS.get(dtype),
+                        f"`{name}` in row {row} is {describe(value)}; it must be {wanted}.",
+                        hint=json_values.hint(dtype),
                         field=name,
                         row=row,
                         expected=dtype.name,
@@ -204,144 +197,8 @@ class EntitySchema:
 
     def _example(self) -> str:
         row = ", ".join(
-            f'"{name}": {_SAMPLES.get(dtype, "...")}'
+            f'"{name}": {json_values.sample(dtype)}'
             for name, dtype in self._dtypes.items()
             if name in self._required
         )
         return f"[{{{row}}}]"
-
-
-def _uniform(column: list[Any], dtype: Dtype) -> bool:
-    """Whether every value is exactly of the type, at the speed of ``map`` and ``min``."""
-    expected = _EXACT[dtype]
-    if set(map(type, column)) != {expected}:
-        return False
-    if expected is int:
-        low, high = _INT_RANGES[dtype]
-        return bool(low <= min(column) and max(column) <= high)
-    return True
-
-
-def _integer(dtype: Dtype) -> Check:
-    low, high = _INT_RANGES[dtype]
-
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise TypeError
-        return value
-
-    return check
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError
-    return float(value)
-
-
-def _exactly(kind: type) -> Check:
-    def check(value: Any) -> Any:
-        if type(value) is not kind:
-            raise TypeError
-        return value
-
-    return check
-
-
-def _timestamp(value: Any) -> datetime:
-    if type(value) is int:
-        return datetime.fromtimestamp(value, tz=UTC)
-    if type(value) is not str:
-        raise TypeError
-    moment = datetime.fromisoformat(value)
-    if moment.tzinfo is None:
-        raise ValueError
-    return moment.astimezone(UTC)
-
-
-def _bytes(value: Any) -> bytes:
-    if type(value) is not str:
-        raise TypeError
-    return base64.b64decode(value, validate=True)
-
-
-def _uuid(value: Any) -> UUID:
-    if type(value) is not str:
-        raise TypeError
-    return UUID(value)
-
-
-def _decimal(value: Any) -> Decimal:
-    if type(value) is not str:
-        raise TypeError
-    return Decimal(value)
-
-
-def _anything(value: Any) -> Any:
-    if value is None:
-        raise TypeError
-    return value
-
-
-def _describe(value: Any) -> str:
-    """The value's JSON type and, where it is short, the value."""
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    name = names.get(type(value), f"a {type(value).__name__}")
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-    if isinstance(value, str):
-        text = f'"{value}"'
-    return f"{name}, {text}" if isinstance(value, bool | int | float | str) and len(text) <= 40 else name
-
-
-_INT_RANGES = {Dtype.INT64: (-(2**63), 2**63 - 1), Dtype.INT32: (-(2**31), 2**31 - 1)}
-_EXACT: dict[Dtype, type] = {Dtype.INT64: int, Dtype.INT32: int, Dtype.STRING: str}
-_CHECKS: dict[Dtype, Check] = {
-    Dtype.INT64: _integer(Dtype.INT64),
-    Dtype.INT32: _integer(Dtype.INT32),
-    Dtype.STRING: _exactly(str),
-    Dtype.JSON: _anything,
-    Dtype.BOOL: _exactly(bool),
-    Dtype.DOUBLE: _number,
-    Dtype.FLOAT: _number,
-    Dtype.UNIX_TIMESTAMP: _timestamp,
-    Dtype.BYTES: _bytes,
-    Dtype.UUID: _uuid,
-    Dtype.TIME_UUID: _uuid,
-    Dtype.DECIMAL: _decimal,
-}
-_WANTED = {
-    Dtype.INT64: "a 64-bit integer (Int64)",
-    Dtype.INT32: "a 32-bit integer (Int32)",
-    Dtype.STRING: "a string (String)",
-    Dtype.BOOL: "true or false (Bool)",
-    Dtype.DOUBLE: "a number (Float64)",
-    Dtype.FLOAT: "a number (Float32)",
-    Dtype.UNIX_TIMESTAMP: "Unix seconds or an RFC 3339 string with a time zone (UnixTimestamp)",
-    Dtype.BYTES: "a base64 string (Bytes)",
-    Dtype.UUID: "a UUID string (Uuid)",
-    Dtype.TIME_UUID: "a UUID string (TimeUuid)",
-    Dtype.DECIMAL: "a decimal number in a string (Decimal)",
-}
-_HINTS = {
-    Dtype.INT64: "Send it as a bare JSON integer, such as 12.",
-    Dtype.INT32: "Send it as a bare JSON integer, such as 12.",
-    Dtype.STRING: 'Send it in quotes, such as "12".',
-}
-_SAMPLES = {
-    Dtype.INT64: "1",
-    Dtype.INT32: "1",
-    Dtype.STRING: '"a"',
-    Dtype.BOOL: "true",
-    Dtype.DOUBLE: "1.5",
-    Dtype.FLOAT: "1.5",
-    Dtype.UNIX_TIMESTAMP: '"2026-01-31T12:00:00Z"',
-}

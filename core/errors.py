@@ -4,6 +4,7 @@ BanquetError
 ├── InvalidInput                the caller's mistake; says which field and what to do
 │   ├── InvalidRequest          a request body, an entity row, a command's argument
 │   │   ├── InvalidEntity       a join key or request-time input of the wrong type or missing
+│   │   ├── InvalidRow          a pushed feature row
 │   │   └── TooLarge            more rows or bytes than the limit
 │   ├── InvalidSetting          a BANQUET_* variable
 │   ├── InvalidRepository       feature_store.yaml or the definitions
@@ -15,7 +16,8 @@ BanquetError
 ├── NotFound                    a name that does not exist
 │   ├── ModelNotFound
 │   ├── FeatureServiceNotFound
-│   └── FeatureNotFound
+│   ├── FeatureNotFound
+│   └── PushSourceNotFound
 ├── Conflict                    the state on record forbids it
 │   ├── NotRedis                something else answers on the configured address
 │   ├── AlreadyRunning          another run materializes the view
@@ -78,6 +80,10 @@ class InvalidEntity(InvalidRequest):
     """An entity row is not valid."""
 
 
+class InvalidRow(InvalidRequest):
+    """A feature row is not valid."""
+
+
 class TooLarge(InvalidRequest):
     """The request is larger than the limit."""
 
@@ -128,6 +134,10 @@ class FeatureServiceNotFound(NotFound):
 
 class FeatureNotFound(NotFound):
     """There is no such feature."""
+
+
+class PushSourceNotFound(NotFound):
+    """There is no such push source."""
 
 
 class Conflict(BanquetError):
