@@ -23,6 +23,7 @@ BanquetError
 │   ├── AlreadyRunning          another run materializes the view
 │   └── LeaseLost               another run took the view over
 ├── CheckFailed                 a check did what it is for: it found something
+│   ├── GateFailed              source rows that the gate keeps from being loaded
 │   ├── DatasetMismatch         the offline store returned other rows than it was asked for
 │   └── ModelRejected           a model package that must not serve
 │       ├── InvalidManifest     manifest.json is not what this release reads
@@ -160,6 +161,10 @@ class LeaseLost(Conflict):
 
 class CheckFailed(BanquetError):
     """A check failed."""
+
+
+class GateFailed(CheckFailed):
+    """The source's rows do not meet the expectations."""
 
 
 class DatasetMismatch(CheckFailed):

@@ -140,7 +140,9 @@ _NOTHING = Expectation()
 
 def sql_is_null(column: str, dtype: Dtype) -> str:
     """The DuckDB predicate for what Feast stores as an empty value: null, and NaN in a float column."""
-    return f"({column} IS NULL OR isnan({column}))" if dtype in _FLOATS else f"({column} IS NULL)"
+    if dtype in _FLOATS:  # whatever numeric type the source's column has
+        return f"({column} IS NULL OR isnan(CAST({column} AS DOUBLE)))"
+    return f"({column} IS NULL)"
 
 
 def _bound(text: str, dtype: Dtype) -> float | int:

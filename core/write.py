@@ -201,8 +201,8 @@ class OnlineWriter:
     """Writes encoded rows of one project. Blocking and thread-safe; close it, or use it in a ``with`` block.
 
     ``key_ttl_seconds`` is Feast's setting of that name: a written key expires that long after its last
-    write. Bulk writes of distinct keys go through optimistic transactions, all else through a script on the
-    server.
+    write. ``unchecked`` is its ``skip_dedup``: the later write wins, whatever the timestamps. Otherwise bulk
+    writes of distinct keys go through optimistic transactions, all else through a script on the server.
     """
 
     def __init__(
@@ -211,9 +211,11 @@ class OnlineWriter:
         project: str,
         *,
         key_ttl_seconds: int | None = None,
+        unchecked: bool = False,
         connections: int = CONNECTIONS,
     ) -> None:
         self.project = project
+        self._unchecked = unchecked
         self.key_ttl_seconds = key_ttl_seconds or 0
         self._address = address
         self._pool = ChannelPool(address)
@@ -257,6 +259,8 @@ class OnlineWriter:
         limit = SLICE_ROWS
         if self._address.kind == "cluster":
             apply, limit = self._write_to_cluster, 16 * SLICE_ROWS
+        elif self._unchecked:
+            apply = self._write_unchecked
         elif distinct and created_ns is None:
             apply = partial(self._write_optimistically, fence=fence)
         else:
@@ -277,6 +281,12 @@ class OnlineWriter:
                     raise
                 time.sleep(delay)
         return apply(batch, part)
+
+    def _write_unchecked(self, batch: _Batch, part: range) -> WriteResult:
+        with self._pool.channel() as channel:
+            commands = len(part) * (2 if self.key_ttl_seconds else 1)
+            channel.exchange([_between(batch.writes, part)], commands)
+        return WriteResult(len(part))
 
     def _write_optimistically(self, batch: _Batch, part: range, fence: Fence | None) -> WriteResult:
         """Watch the keys, read their timestamps, write the newer rows in a transaction.

@@ -8,7 +8,6 @@ and so does historical retrieval by engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from feast.repo_config import FeastConfigBaseModel
 
 from core.errors import BanquetError
 from materialization import views
-from materialization.materializer import MEMORY_LIMIT, Materializer
+from materialization.materializer import MEMORY_LIMIT, Materializer, Request
 from materialization.report import Progress
 
 
@@ -86,13 +85,17 @@ class BulkComputeEngine(ComputeEngine):  # type: ignore[misc]  # Feast ships no 
         job_id = f"{view.name}-{task.start_time}-{task.end_time}"
         bar = _Bar(task)
         try:
-            self._materializer().load_view(
+            report = self._materializer().load_view(
                 view,
-                start=task.start_time,
-                end=task.end_time,
-                incremental=_continues(view, task),
-                observe=bar.show,
+                Request(
+                    start=task.start_time,
+                    end=task.end_time,
+                    incremental=_continues(view, task),
+                    observe=bar.show,
+                ),
             )
+            if report.error is not None:
+                raise report.error
         except BanquetError as exc:
             return LocalMaterializationJob(job_id, MaterializationJobStatus.ERROR, exc)
         finally:
@@ -140,6 +143,3 @@ class _Bar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-__all__: Sequence[str] = ("BulkComputeEngine", "BulkComputeEngineConfig")

@@ -1,7 +1,8 @@
 """What has been loaded, in Redis beside the rows it describes: watermarks, the run under way, the lease.
 
 A Redis that is lost takes its ledger with it, so the next run knows that it must load everything. Knows no
-source and no SQL. One hash per view, ``banquet:ledger:<project>:<stored view>``, and beside it the lease.
+source and no SQL. Per view one hash, ``banquet:{<project>:<stored view>}:ledger``, and the lease beside it;
+the braces keep the two in one slot of a cluster.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,20 +21,20 @@ from typing import Any
 
 from core.errors import AlreadyRunning, LeaseLost
 from core.write import Fence
-from materialization.load import Position
 from materialization.window import Window
 
 LEASE_SECONDS = 30.0
-_WITNESSES = 8
 
-_RENEW = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-_RELEASE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1])
-"""
+# KEYS[1] is the lease, ARGV[1] the token that must hold it.
+_HELD = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end "
+_RENEW = _HELD + "return redis.call('PEXPIRE', KEYS[1], ARGV[2])"
+_RELEASE = _HELD + "return redis.call('DEL', KEYS[1])"
+_SET = _HELD + "redis.call('HSET', KEYS[2], unpack(ARGV, 2)) return 1"
+_FINISH = (
+    _HELD
+    + "redis.call('HDEL', KEYS[2], 'run', 'rows_done') "
+    + "if #ARGV > 1 then redis.call('HSET', KEYS[2], unpack(ARGV, 2)) end return 1"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,10 @@ class Loaded:
 class Unfinished:
     """A run that has begun and not ended: its plan, and how far it came.
 
-    ``plan`` is a digest of everything that decides which rows stand in which chunk. ``arrived_ns`` and
-    ``source`` are those that ``Loaded`` will have; ``complete`` says whether it will be recorded at all.
+    ``plan`` is a digest of everything that decides which row is staged where, ``rows_done`` how many of them
+    from the first on are in Redis. ``arrived_ns`` and
+    ``source`` are those that ``Loaded`` will have; ``complete`` says whether it will be recorded at all;
+    ``kind`` is ``plan.Due.kind``.
     """
 
     plan: str | None
@@ -64,9 +67,10 @@ class Unfinished:
     partitions: int
     reason: str
     complete: bool
+    kind: str
     arrived_ns: int | None
     source: str | None
-    position: Position
+    rows_done: int = 0
 
 
 class Ledger:
@@ -74,10 +78,9 @@ class Ledger:
 
     def __init__(self, client: Any, project: str, stored_view: str) -> None:
         """``client`` is a blocking redis-py client of the online store."""
-        self._client = client
+        self.client = client
         self._view = stored_view
-        self.key = f"banquet:ledger:{project}:{stored_view}".encode()
-        self._lease_key = f"banquet:lease:{project}:{stored_view}".encode()
+        self.key, self._lease_key = ledger_keys(project, stored_view)
 
     def loaded(self) -> Loaded | None:
         """What has been loaded; None if nothing has, or Redis has lost it."""
@@ -89,48 +92,58 @@ class Ledger:
         record = self._read("run")
         if record is None:
             return None
-        position = self._client.hget(self.key, "position") or b"0:0"
-        partition, chunk = (int(number) for number in position.split(b":"))
-        window = Window(**record.pop("window"))
-        return Unfinished(window=window, position=Position(partition, chunk), **record)
+        rows_done = int(self.client.hget(self.key, "rows_done") or 0)
+        return Unfinished(window=Window(**record.pop("window")), rows_done=rows_done, **record)
 
-    def begin(self, run: Unfinished) -> None:
+    def begin(self, run: Unfinished, fence: Fence) -> None:
         """Record a run before its first row is written."""
         record = asdict(run)
-        del record["position"]
-        self._client.hset(
-            self.key, mapping={"run": json.dumps(record), "position": _position_text(run.position)}
-        )
+        rows_done = record.pop("rows_done")
+        self._fenced(_SET, fence, "run", json.dumps(record), "rows_done", rows_done)
 
-    def advance(self, position: Position) -> None:
-        """Record that every chunk up to ``position`` is in Redis."""
-        self._client.hset(self.key, "position", _position_text(position))
+    def advance(self, rows_done: int, fence: Fence) -> None:
+        """Record that the first ``rows_done`` rows of the run are in Redis."""
+        self._fenced(_SET, fence, "rows_done", rows_done)
 
-    def finish(self, loaded: Loaded | None, witnesses: list[bytes]) -> None:
-        """Record the end of the run. ``loaded`` None leaves the watermarks as they are.
+    def note(self, fence: Fence, **records: Any) -> None:
+        """Record values as JSON, such as the verdict of a gate that let nothing through."""
+        pairs = [part for name, value in records.items() for part in (name, json.dumps(value))]
+        self._fenced(_SET, fence, *pairs)
 
-        ``witnesses`` are some of the keys that were written: if all are gone, so are the rows.
+    def finish(self, fence: Fence, loaded: Loaded | None, witnesses: Sequence[bytes], **records: Any) -> None:
+        """Record the end of the run, and further ``records`` as JSON.
+
+        ``loaded`` None leaves the watermarks as they are. ``witnesses`` are some of the keys that have a
+        row now: if all are gone, so are the rows.
         """
-        with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.hdel(self.key, "run", "position")
-            if loaded is not None:
-                pipeline.hset(self.key, "loaded", json.dumps(asdict(loaded)))
-            if witnesses:
-                chosen = witnesses[:: max(1, len(witnesses) // _WITNESSES)][:_WITNESSES]
-                pipeline.hset(self.key, "witnesses", json.dumps([key.hex() for key in chosen]))
-            pipeline.execute()
+        if loaded is not None:
+            records["loaded"] = asdict(loaded)
+        if witnesses:
+            records["witnesses"] = [key.hex() for key in witnesses]
+        pairs = [part for name, value in records.items() for part in (name, json.dumps(value))]
+        self._fenced(_FINISH, fence, *pairs)
+
+    def _fenced(self, script: str, fence: Fence, *arguments: Any) -> None:
+        """Change the ledger only while the lease is held.
+
+        Raises:
+            LeaseLost: it is not.
+        """
+        if not self.client.eval(script, 2, fence.key, self.key, fence.token, *arguments):
+            raise LeaseLost(
+                f"The lease on view {self._view!r} is gone: another run has taken it over, or Redis has lost "
+                "its data.",
+                hint="Run it again.",
+                view=self._view,
+            )
 
     def rows_are_gone(self) -> bool:
         """Whether none of the keys that the last run left is there any more."""
         witnesses = self._read("witnesses")
-        return bool(witnesses) and not any(self._client.exists(bytes.fromhex(key)) for key in witnesses)
-
-    def record(self, name: str, value: Any) -> None:
-        """Keep a JSON value, such as the last gate result, beside the watermarks."""
-        self._client.hset(self.key, name, json.dumps(value))
+        return bool(witnesses) and not any(self.client.exists(bytes.fromhex(key)) for key in witnesses)
 
     def recall(self, name: str) -> Any:
-        """A value that ``record`` kept, or None."""
+        """A value that was recorded, or None."""
         return self._read(name)
 
     @contextmanager
@@ -144,10 +157,10 @@ class Ledger:
         """
         token = json.dumps({**_identity(), "id": uuid.uuid4().hex, "since": time.time()}).encode()
         deadline = time.monotonic() + wait_seconds
-        while not self._client.set(self._lease_key, token, nx=True, px=int(LEASE_SECONDS * 1000)):
-            holder = self._client.get(self._lease_key)
+        while not self.client.set(self._lease_key, token, nx=True, px=int(LEASE_SECONDS * 1000)):
+            holder = self.client.get(self._lease_key)
             if holder is not None and _has_died(json.loads(holder)):
-                self._client.eval(_RELEASE, 1, self._lease_key, holder)
+                self.client.eval(_RELEASE, 1, self._lease_key, holder)
             elif holder is not None and time.monotonic() >= deadline:
                 raise self._already_running(json.loads(holder))
             elif holder is not None:
@@ -160,22 +173,17 @@ class Ledger:
         finally:
             stop.set()
             renewal.join()
-            self._client.eval(_RELEASE, 1, self._lease_key, token)
+            self.client.eval(_RELEASE, 1, self._lease_key, token)
 
     def _renew(self, token: bytes, stop: threading.Event) -> None:
         from redis.exceptions import RedisError
 
         while not stop.wait(LEASE_SECONDS / 3):
             try:
-                if not self._client.eval(_RENEW, 1, self._lease_key, token, int(LEASE_SECONDS * 1000)):
+                if not self.client.eval(_RENEW, 1, self._lease_key, token, int(LEASE_SECONDS * 1000)):
                     return  # lost: the fence stops the writer
             except RedisError:
                 continue  # the writer meets the same failure and decides
-
-    def check(self, fence: Fence) -> None:
-        """Raises ``LeaseLost`` if another run has taken over."""
-        if self._client.get(fence.key) != fence.token:
-            raise LeaseLost(f"Another run has taken view {self._view!r} over.")
 
     def _already_running(self, holder: dict[str, Any]) -> AlreadyRunning:
         seconds = time.time() - holder["since"]
@@ -188,12 +196,14 @@ class Ledger:
         )
 
     def _read(self, name: str) -> Any:
-        text = self._client.hget(self.key, name)
+        text = self.client.hget(self.key, name)
         return None if text is None else json.loads(text)
 
 
-def _position_text(position: Position) -> str:
-    return f"{position.partition}:{position.chunk}"
+def ledger_keys(project: str, stored_view: str) -> tuple[bytes, bytes]:
+    """The Redis keys of a view's ledger and of its lease."""
+    name = f"banquet:{{{project}:{stored_view}}}"
+    return f"{name}:ledger".encode(), f"{name}:lease".encode()
 
 
 def _identity() -> dict[str, Any]:

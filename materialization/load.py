@@ -1,4 +1,4 @@
-"""One view from its source into Redis: read, encode and write chunk by chunk, overlapped.
+"""Staged rows into Redis: encoded and written chunk by chunk, overlapped.
 
 Knows the order of the work and how much of it is under way; knows no ledger, no gate and no Feast object.
 """
@@ -10,85 +10,65 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.layout_rows import RowEncoder
+from core.repository import View
 from core.types import Field
 from core.write import Fence, OnlineWriter, PendingWrite, WriteResult
-from materialization.window import CREATED_NS, EVENT, ViewSource, Window
+from materialization.window import CREATED_NS, EVENT, Staged
 
 CHUNK_ROWS = 16_384
 _PENDING_CHUNKS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far a load has come: whole partitions, then whole chunks of the next one."""
-
-    partition: int = 0
-    chunk: int = 0
+def row_encoder(project: str, view: View) -> RowEncoder:
+    """The encoder of a view's staged rows."""
+    features = [Field(feature.name, feature.dtype) for feature in view.features]
+    return RowEncoder(project, view.stored_name, view.join_keys, features, EVENT)
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    after: Position
-    rows: int
+    end: int
     pending: PendingWrite
 
 
 def load(
-    source: ViewSource,
-    window: Window,
+    staged: Staged,
     writer: OnlineWriter,
     *,
-    partitions: int,
-    start: Position = Position(),
+    skip: int = 0,
     settle_ties_by_created: bool = False,
     fence: Fence | None = None,
-    done: Callable[[Position, int, WriteResult], None],
+    done: Callable[[int], None],
 ) -> WriteResult:
-    """Write the newest row of every key in the window.
+    """Write the staged rows, but for the first ``skip``, which an earlier attempt has written.
 
-    ``start`` skips chunks that an earlier attempt has finished; ``done`` is told of each chunk that Redis
-    has confirmed, in order: the position after it, its rows and what became of them.
-    ``settle_ties_by_created`` lets created timestamps decide against rows that did not come from this
-    source. Raises what the reading, the encoding and the writing raise.
+    ``done`` is told after each chunk that Redis has confirmed how many rows from the first on are now
+    written. ``settle_ties_by_created`` lets created timestamps decide against rows that did not come from
+    this source. Raises what the encoding and the writing raise.
     """
-    view = source.view
-    encoder = RowEncoder(
-        writer.project,
-        view.stored_name,
-        view.join_keys,
-        [Field(feature.name, feature.dtype) for feature in view.features],
-        EVENT,
-    )
-    total = WriteResult()
+    view = staged.view
+    encoder = row_encoder(writer.project, view)
     pending: deque[_Chunk] = deque()
+    total = WriteResult()
 
-    def finish() -> None:
-        nonlocal total
+    def finish() -> WriteResult:
         chunk = pending.popleft()
         result = chunk.pending.result()
-        total += result
-        done(chunk.after, chunk.rows, result)
+        done(chunk.end)
+        return result
 
+    end = skip
     try:
-        for partition in range(start.partition, partitions):
-            skip = start.chunk if partition == start.partition else 0
-            batches = source.batches(window, partition, partitions, CHUNK_ROWS)
-            for number, batch in enumerate(batches):
-                if number < skip:
-                    continue
-                created = batch.column(CREATED_NS).to_pylist() if settle_ties_by_created else None
-                write = writer.submit(
-                    view.stored_name,
-                    encoder.encode(batch),
-                    created_ns=created,
-                    distinct=True,
-                    fence=fence,
-                )
-                pending.append(_Chunk(Position(partition, number + 1), batch.num_rows, write))
-                if len(pending) > _PENDING_CHUNKS:
-                    finish()
+        for batch in staged.batches(CHUNK_ROWS, skip):
+            end += batch.num_rows
+            created = batch.column(CREATED_NS).to_pylist() if settle_ties_by_created else None
+            rows = encoder.encode(batch)
+            write = writer.submit(view.stored_name, rows, created_ns=created, distinct=True, fence=fence)
+            pending.append(_Chunk(end, write))
+            if len(pending) > _PENDING_CHUNKS:
+                total += finish()
         while pending:
-            finish()
+            total += finish()
     finally:
         for chunk in pending:  # after a failure: nothing may still be writing when the caller goes on
             chunk.pending.abandon()

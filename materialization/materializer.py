@@ -1,4 +1,4 @@
-"""One view's load: its lease, its plan, its rows, its ledger.
+"""One view's load: its lease, its plan, the gate, its rows, its ledger.
 
 Knows neither the registry nor a command line: ``run`` and ``engine`` decide which views, and tell Feast.
 """
@@ -9,27 +9,49 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
+from core.errors import BanquetError, GateFailed
 from core.redis import RedisAddress
 from core.source import connect
 from core.write import Fence, OnlineWriter, WriteResult
 from materialization import views
+from materialization.distribution import profile
+from materialization.gate import GateResult, Limits, judge
 from materialization.ledger import Ledger, Loaded, Unfinished
-from materialization.load import CHUNK_ROWS, Position, load
-from materialization.plan import Due, due, due_window, plan_digest, resumable
+from materialization.load import load, row_encoder
+from materialization.memory import SAMPLE_ROWS, estimate_bytes
+from materialization.plan import WHOLE, Due, due, due_window, plan_digest
 from materialization.report import Observer, Progress, ViewReport, joined
-from materialization.window import Survey, ViewSource, Window, partitions_for
+from materialization.window import Staged, ViewSource, Window, partitions_for
 
 if TYPE_CHECKING:
     from feast import FeatureView, RepoConfig
     from feast.infra.offline_stores.offline_store import OfflineStore
 
 MEMORY_LIMIT = "400MB"
+_WITNESSES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of one view: everything new up to ``end``, or, not ``incremental``, a window.
+
+    ``start`` None begins at the first row. ``force`` loads rows that fail the gate.
+    """
+
+    end: datetime
+    start: datetime | None = None
+    incremental: bool = True
+    force: bool = False
+    dry_run: bool = False
+    wait_seconds: float = 0.0
+    observe: Observer | None = None
 
 
 class Materializer:
@@ -51,43 +73,55 @@ class Materializer:
         """
         self._config = config
         self._offline_store = offline_store
-        self._duckdb = {"memory_limit": memory_limit, "threads": threads}
+        self._memory_limit = memory_limit
+        self._threads = threads
         self._temp_directory = temp_directory
-        online = config.online_store
-        self.address = RedisAddress.from_online_store(online.model_dump())
-        self._ttl_seconds = getattr(online, "key_ttl_seconds", None)
+        self.address = RedisAddress.from_online_store(config.online_store.model_dump())
 
-    def load_view(
-        self,
-        view: FeatureView,
-        *,
-        end: datetime,
-        start: datetime | None = None,
-        incremental: bool = True,
-        wait_seconds: float = 0.0,
-        observe: Observer | None = None,
-    ) -> ViewReport:
-        """Load what is due up to ``end``; or, not ``incremental``, every row from ``start`` to ``end``.
+    @property
+    def rows_expire(self) -> bool:
+        """Whether Redis forgets rows by itself."""
+        return bool(self._config.online_store.key_ttl_seconds)
 
-        A run that was interrupted is finished first.
+    def load_view(self, view: FeatureView, request: Request) -> ViewReport:
+        """Load what is due; an interrupted run is finished first. A failed gate is in the report.
 
         Raises:
-            AlreadyRunning: another run holds the view and did not end within ``wait_seconds``.
+            AlreadyRunning: another run holds the view and did not end within ``request.wait_seconds``.
             BanquetError: as the source, the encoding and Redis raise.
         """
-        started = time.monotonic()
         stored = views.stored_view(view, self._config)
-        with self.address.session() as client:
+        with self.address.session() as client, self.connection() as con:
             ledger = Ledger(client, self._config.project, stored.stored_name)
-            with ledger.lease(wait_seconds) as fence, self._connection() as con:
-                task = _Task(self, view, ledger, fence, con, observe, started)
-                return task.run(end, start, incremental)
+            task = _Task(self, view, ledger, con, request)
+            if request.dry_run:
+                return task.preview()
+            with ledger.lease(request.wait_seconds) as fence:
+                return task.run(fence)
 
     @contextmanager
     def writer(self) -> Iterator[OnlineWriter]:
         """A writer for this project's online store."""
-        with OnlineWriter(self.address, self._config.project, key_ttl_seconds=self._ttl_seconds) as writer:
+        online = self._config.online_store
+        with OnlineWriter(
+            self.address,
+            self._config.project,
+            key_ttl_seconds=online.key_ttl_seconds,
+            unchecked=online.skip_dedup,
+        ) as writer:
             yield writer
+
+    @contextmanager
+    def connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A DuckDB of its own, with room to spill."""
+        with tempfile.TemporaryDirectory(
+            prefix="banquet-", dir=self._temp_directory, ignore_cleanup_errors=True
+        ) as spill:
+            con = connect(memory_limit=self._memory_limit, threads=self._threads, temp_directory=Path(spill))
+            try:
+                yield con
+            finally:
+                con.close()
 
     def open_source(self, con: duckdb.DuckDBPyConnection, view: FeatureView, window: Window) -> ViewSource:
         """The view's source for a window."""
@@ -97,144 +131,201 @@ class Materializer:
         """Of the view's definition and its source's files."""
         return views.definition_digest(view, self._config), views.source_fingerprint(view, self._config)
 
-    @contextmanager
-    def _connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with tempfile.TemporaryDirectory(
-            prefix="banquet-", dir=self._temp_directory, ignore_cleanup_errors=True
-        ) as spill:
-            con = connect(temp_directory=Path(spill), **self._duckdb)  # type: ignore[arg-type]
-            try:
-                yield con
-            finally:
-                con.close()
+    def estimate(self, client: Any, staged: Staged) -> int:
+        """What the staged rows will add to Redis's memory, in bytes."""
+        if not staged.rows:
+            return 0
+        sample = row_encoder(self._config.project, staged.view).encode(staged.sample(SAMPLE_ROWS))
+        return estimate_bytes(client, staged.rows, sample, staged.view.stored_name)
 
 
 class _Task:
-    """One view's turn within a run."""
+    """One view's turn within a run, under its lease."""
 
     def __init__(
         self,
         materializer: Materializer,
         view: FeatureView,
         ledger: Ledger,
-        fence: Fence,
         con: duckdb.DuckDBPyConnection,
-        observe: Observer | None,
-        started: float,
+        request: Request,
     ) -> None:
         self._materializer = materializer
         self._view = view
         self._ledger = ledger
-        self._fence = fence
         self._con = con
-        self._observe = observe
-        self._started = started
+        self._request = request
+        self._started = time.monotonic()
         self._ttl = view.ttl or timedelta(0)
         self._dated = bool(view.batch_source.created_timestamp_column)
         self._definition, self._source = materializer.digests(view)
 
-    def run(self, end: datetime, start: datetime | None, incremental: bool) -> ViewReport:
+    def run(self, fence: Fence) -> ViewReport:
+        """Finish what was interrupted, then do what is due."""
         unfinished = self._ledger.unfinished()
         report = None
         if unfinished is not None and self._can_resume(unfinished):
-            source = self._open(unfinished.window)
-            report = self._load(unfinished, source, source.survey(unfinished.window), resumed=True)
-        loaded, end_us = self._ledger.loaded(), views.as_us(end)
-        if incremental:
-            wanted = due(
-                loaded,
-                definition=self._definition,
-                source=self._source,
-                rows_are_gone=self._ledger.rows_are_gone(),
-                dated=self._dated,
-                ttl=self._ttl,
-                end_us=end_us,
-            )
-        else:
-            wanted = due_window(
-                loaded,
-                definition=self._definition,
-                ttl=self._ttl,
-                start_us=None if start is None else views.as_us(start),
-                end_us=end_us,
-            )
+            staged = self._stage(self._open(unfinished.window), unfinished.window, unfinished.partitions)
+            report = self._load(unfinished, staged, fence, gate=None)
+        wanted = self.due()
         if report is not None and unfinished is not None and unfinished.window == wanted.window:
             return report
-        source = self._open(wanted.window)
-        survey = source.survey(wanted.window)
-        then = self._load(self._planned(wanted, survey, loaded), source, survey, resumed=False)
+        then = self._gated(wanted, fence)
         return then if report is None else joined(report, then)
+
+    def preview(self) -> ViewReport:
+        """What ``run`` would find due, and how the gate would judge it; writes nothing."""
+        wanted = self.due()
+        source = self._open(wanted.window)
+        partitions = partitions_for(source.count(wanted.window))
+        staged = self._stage(source, wanted.window, partitions)
+        gate = self._judge(wanted, source, staged)
+        run = self._planned(wanted, staged, partitions)
+        estimate = self._materializer.estimate(self._ledger.client, staged)
+        return self._report(run, staged, WriteResult(), gate=gate, estimate=estimate)
+
+    def due(self) -> Due:
+        """What the ledger and the request make due."""
+        request, loaded = self._request, self._ledger.loaded()
+        end_us = views.as_us(request.end)
+        if not request.incremental:
+            start_us = None if request.start is None else views.as_us(request.start)
+            return due_window(
+                loaded, definition=self._definition, ttl=self._ttl, start_us=start_us, end_us=end_us
+            )
+        return due(
+            loaded,
+            definition=self._definition,
+            source=self._source,
+            rows_are_gone=not self._materializer.rows_expire and self._ledger.rows_are_gone(),
+            dated=self._dated,
+            ttl=self._ttl,
+            end_us=end_us,
+        )
+
+    def _gated(self, wanted: Due, fence: Fence) -> ViewReport:
+        source = self._open(wanted.window)
+        partitions = partitions_for(source.count(wanted.window))
+        staged = self._stage(source, wanted.window, partitions)
+        gate = self._judge(wanted, source, staged)
+        run = self._planned(wanted, staged, partitions)
+        if not gate.passed and not gate.forced:
+            self._ledger.note(fence, gate=self._gate_record(gate))
+            error = GateFailed(
+                f"View {self._view.name!r} is not loaded: {gate.findings[0]}",
+                hint=f"See the report; `--force {self._view.name}` loads it all the same.",
+            )
+            return self._report(run, staged, WriteResult(), gate=gate, error=error)
+        self._ledger.begin(run, fence)
+        return self._load(run, staged, fence, gate=gate)
 
     def _open(self, window: Window) -> ViewSource:
         return self._materializer.open_source(self._con, self._view, window)
 
-    def _layout(self, partitions: int) -> dict[str, object]:
-        return {"partitions": partitions, "chunk_rows": CHUNK_ROWS, "duckdb": duckdb.__version__}
+    def _stage(self, source: ViewSource, window: Window, partitions: int) -> Staged:
+        return source.stage(window, partitions)
+
+    def _judge(self, wanted: Due, source: ViewSource, staged: Staged) -> GateResult:
+        gate = judge(
+            staged,
+            source.feature_types,
+            limits=Limits.parse(self._view.name, self._view.tags or {}),
+            end_us=wanted.window.end_us,
+            whole=wanted.kind == WHOLE,
+            nameless=source.nameless(wanted.window),
+            reference=self._ledger.recall(_reference(wanted.kind)),
+        )
+        return replace(gate, forced=self._request.force and not gate.passed)
+
+    def _gate_record(self, gate: GateResult) -> dict[str, Any]:
+        return {**gate.as_json(), "at": datetime.now(UTC).isoformat()}
+
+    def _staging(self, partitions: int) -> dict[str, object]:
+        return {"partitions": partitions, "duckdb": duckdb.__version__}
 
     def _can_resume(self, run: Unfinished) -> bool:
-        layout = self._layout(run.partitions)
-        return resumable(run, definition=self._definition, source=self._source, **layout)
-
-    def _planned(self, wanted: Due, survey: Survey, loaded: Loaded | None) -> Unfinished:
-        partitions = partitions_for(survey.rows)
         plan = plan_digest(
-            wanted, definition=self._definition, source=self._source, **self._layout(partitions)
+            run.window, definition=self._definition, source=self._source, **self._staging(run.partitions)
         )
-        seen = (survey.newest_created_ns, loaded.arrived_ns if loaded else None)
+        return plan is not None and plan == run.plan
+
+    def _planned(self, wanted: Due, staged: Staged, partitions: int) -> Unfinished:
+        loaded = self._ledger.loaded()
+        seen = (staged.newest_created_ns, loaded.arrived_ns if loaded else None)
         arrived = [ns for ns in seen if ns is not None]
         return Unfinished(
-            plan=plan,
+            plan=plan_digest(
+                wanted.window, definition=self._definition, source=self._source, **self._staging(partitions)
+            ),
             window=wanted.window,
             partitions=partitions,
             reason=wanted.reason,
             complete=wanted.complete,
+            kind=wanted.kind,
+            # A clock ahead of ours must not hide what arrives until ours has caught up.
             arrived_ns=min(max(arrived), time.time_ns()) if arrived else None,
             source=self._source,
-            position=Position(),
         )
 
-    def _load(self, run: Unfinished, source: ViewSource, survey: Survey, *, resumed: bool) -> ViewReport:
-        started = time.monotonic()
-        if not resumed:
-            self._ledger.begin(run)
-        rows = 0
+    def _load(self, run: Unfinished, staged: Staged, fence: Fence, *, gate: GateResult | None) -> ViewReport:
+        began, view = time.monotonic(), self._view.name
 
-        def done(position: Position, count: int, _: WriteResult) -> None:
-            nonlocal rows
-            rows += count
-            self._ledger.advance(position)
-            if self._observe is not None:
-                self._observe(Progress(self._view.name, rows, survey.keys, time.monotonic() - started))
+        def done(rows_done: int) -> None:
+            self._ledger.advance(rows_done, fence)
+            if self._request.observe is not None:
+                seconds = time.monotonic() - began
+                self._request.observe(Progress(view, rows_done, staged.rows, run.rows_done, seconds))
 
         with self._materializer.writer() as writer:
             result = load(
-                source,
-                run.window,
+                staged,
                 writer,
-                partitions=run.partitions,
-                start=run.position,
+                skip=run.rows_done,
                 settle_ties_by_created=self._dated and views.takes_pushes(self._view),
-                fence=self._fence,
+                fence=fence,
                 done=done,
             )
-        self._ledger.check(self._fence)
+            witnesses = row_encoder(writer.project, staged.view).encode(staged.sample(_WITNESSES)).keys()
         loaded = None
         if run.complete:
             loaded = Loaded(self._definition, run.window.end_us, run.arrived_ns, run.source)
-        self._ledger.finish(loaded, [])
-        return self._report(run, survey, result, resumed)
+        report = self._report(run, staged, result, gate=gate)
+        records: dict[str, Any] = {"report": report.as_json()}
+        if gate is not None:
+            records["gate"] = self._gate_record(gate)
+        if staged.rows and (gate is None or gate.passed):
+            records[_reference(run.kind)] = profile(staged)
+        self._ledger.finish(fence, loaded, witnesses, **records)
+        return report
 
-    def _report(self, run: Unfinished, survey: Survey, result: WriteResult, resumed: bool) -> ViewReport:
-        start_us, newest = run.window.start_us, survey.newest_event_us
+    def _report(
+        self,
+        run: Unfinished,
+        staged: Staged,
+        result: WriteResult,
+        *,
+        gate: GateResult | None,
+        error: BanquetError | None = None,
+        estimate: int | None = None,
+    ) -> ViewReport:
+        start_us, newest = run.window.start_us, staged.newest_event_us
         return ViewReport(
             view=self._view.name,
             reason=run.reason,
             start=None if start_us is None else views.as_datetime(start_us),
             end=views.as_datetime(run.window.end_us),
-            resumed=resumed,
-            source_rows=survey.rows,
+            resumed=run.rows_done > 0,
+            rows=staged.rows,
             written=result.written,
             older=result.older,
             seconds=time.monotonic() - self._started,
             newest_event=None if newest is None else views.as_datetime(newest),
+            gate=gate,
+            memory_bytes=estimate,
+            error=error,
         )
+
+
+def _reference(kind: str) -> str:
+    """The ledger's name for the profile that the next run of that kind is compared with."""
+    return f"profile {kind}"

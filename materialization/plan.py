@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from materialization.ledger import Loaded, Unfinished
+from materialization.ledger import Loaded
 from materialization.window import Window
 
 # A row may become visible some time after it was stamped: created timestamps this much older than the
@@ -23,13 +23,22 @@ INCREMENTAL_LATE = "incremental, with late rows"
 WINDOW = "the window asked for"
 
 
+WHOLE = "whole"
+NEW_ROWS = "new rows"
+ASKED = "asked"
+
+
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A load to do. ``complete``: once done, everything up to the window's end has been loaded."""
+    """A load to do. ``complete``: once done, everything up to the window's end has been loaded.
+
+    ``kind`` is WHOLE (all rows there are), NEW_ROWS (since the last run) or ASKED (a window that was named).
+    """
 
     window: Window
     reason: str
     complete: bool
+    kind: str
 
 
 def due(
@@ -49,7 +58,7 @@ def due(
     start_us = end_us - ttl // timedelta(microseconds=1) if ttl else None
 
     def everything(reason: str) -> Due:
-        return Due(Window(start_us, end_us), reason, complete=True)
+        return Due(Window(start_us, end_us), reason, complete=True, kind=WHOLE)
 
     if loaded is None:
         return everything(FIRST_LOAD)
@@ -61,15 +70,15 @@ def due(
         end_us = loaded.event_us
     unchanged = source is not None and source == loaded.source
     if unchanged:
-        return Due(Window(start_us, end_us, loaded.event_us), INCREMENTAL, complete=True)
+        return Due(Window(start_us, end_us, loaded.event_us), INCREMENTAL, complete=True, kind=NEW_ROWS)
     if dated and loaded.arrived_ns is not None:
         arrived_ns = loaded.arrived_ns - ARRIVAL_OVERLAP // timedelta(microseconds=1) * 1000
         window = Window(start_us, end_us, loaded.event_us, arrived_ns)
-        return Due(window, INCREMENTAL_LATE, complete=True)
+        return Due(window, INCREMENTAL_LATE, complete=True, kind=NEW_ROWS)
     if source is not None:
         return everything("full reload: the source has changed and has no created timestamps")
     # Nothing tells late rows of this source apart.
-    return Due(Window(start_us, end_us, loaded.event_us), INCREMENTAL, complete=True)
+    return Due(Window(start_us, end_us, loaded.event_us), INCREMENTAL, complete=True, kind=NEW_ROWS)
 
 
 def due_window(
@@ -78,27 +87,17 @@ def due_window(
     """The load of a window that the caller names."""
     window = Window(start_us, end_us)
     if start_us is None or (ttl and start_us <= end_us - ttl // timedelta(microseconds=1)):
-        return Due(window, WINDOW, complete=loaded is None or end_us >= loaded.event_us)
+        return Due(window, WINDOW, complete=loaded is None or end_us >= loaded.event_us, kind=ASKED)
     joined = loaded is not None and loaded.definition == definition and start_us <= loaded.event_us <= end_us
-    return Due(window, WINDOW, complete=joined)
+    return Due(window, WINDOW, complete=joined, kind=ASKED)
 
 
-def plan_digest(due: Due, *, definition: str, source: str | None, **layout: object) -> str | None:
-    """Equal for two runs whose chunks hold the same rows; None where that cannot be known.
+def plan_digest(window: Window, *, definition: str, source: str | None, **staging: object) -> str | None:
+    """Equal for two runs that stage the same rows in the same order; None where that cannot be known.
 
-    ``layout`` is whatever else decides which row stands in which chunk.
+    ``staging`` is whatever else decides which row is staged where.
     """
     if source is None:
         return None
-    what = [asdict(due.window), definition, source, sorted(layout.items())]
+    what = [asdict(window), definition, source, sorted(staging.items())]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
-def resumable(run: Unfinished | None, *, definition: str, source: str | None, **layout: object) -> bool:
-    """Whether an interrupted run's finished chunks can be skipped."""
-    if run is None:
-        return False
-    again = plan_digest(
-        Due(run.window, run.reason, complete=run.complete), definition=definition, source=source, **layout
-    )
-    return again is not None and again == run.plan

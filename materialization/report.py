@@ -8,37 +8,48 @@ from datetime import datetime
 from typing import Any
 
 from core.errors import BanquetError
+from materialization.gate import GateResult
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A view's load under way: rows handled and about how many there are, after ``seconds``."""
+    """A view's load under way, after ``seconds``: ``rows`` of ``total`` are in Redis.
+
+    ``skipped`` of them had been written before this attempt.
+    """
 
     view: str
     rows: int
     total: int
+    skipped: int
     seconds: float
 
     @property
     def rows_per_second(self) -> float:
         """The rate so far."""
-        return self.rows / self.seconds if self.seconds > 0 else 0.0
+        return (self.rows - self.skipped) / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewReport:
-    """What a run did for one view. ``error`` is None unless it failed; times are UTC."""
+    """What a run did for one view. Times are UTC.
+
+    ``rows`` were due, one per key; ``older`` of them met a newer row in Redis. ``memory_bytes`` is a dry
+    run's estimate of what Redis will need. ``error`` is None unless the view failed.
+    """
 
     view: str
     reason: str = ""
     start: datetime | None = None
     end: datetime | None = None
     resumed: bool = False
-    source_rows: int = 0
+    rows: int = 0
     written: int = 0
     older: int = 0
     seconds: float = 0.0
     newest_event: datetime | None = None
+    gate: GateResult | None = None
+    memory_bytes: int | None = None
     error: BanquetError | None = None
 
     @property
@@ -55,11 +66,13 @@ class ViewReport:
             "start": self.start and self.start.isoformat(),
             "end": self.end and self.end.isoformat(),
             "resumed": self.resumed,
-            "source_rows": self.source_rows,
+            "rows": self.rows,
             "written": self.written,
             "older": self.older,
             "seconds": round(self.seconds, 3),
             "newest_event": self.newest_event and self.newest_event.isoformat(),
+            "gate": self.gate and self.gate.as_json(),
+            "memory_bytes": self.memory_bytes,
             "error": self.error and {"code": self.error.code, "message": str(self.error)},
         }
 
@@ -92,9 +105,11 @@ def joined(first: ViewReport, then: ViewReport) -> ViewReport:
         start=first.start,
         end=then.end,
         resumed=True,
-        source_rows=first.source_rows + then.source_rows,
+        rows=first.rows + then.rows,
         written=first.written + then.written,
         older=first.older + then.older,
         seconds=then.seconds,
         newest_event=max(newest, default=None),
+        gate=then.gate,
+        error=then.error,
     )

@@ -6,13 +6,14 @@ Knows no command line; progress and results are plain records. A view that fails
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from core.errors import BanquetError, InvalidRequest, NotFound
 from core.repository import FeastRepository
 from materialization import views
-from materialization.materializer import Materializer
+from materialization.materializer import Materializer, Request
 from materialization.report import Observer, RunReport, ViewReport
 
 if TYPE_CHECKING:
@@ -27,13 +28,17 @@ def materialize(
     view_names: Sequence[str] | None = None,
     start: datetime | None = None,
     end: datetime | None = None,
+    force: Sequence[str] = (),
+    dry_run: bool = False,
     wait_seconds: float = 0.0,
     observe: Observer | None = None,
 ) -> RunReport:
     """Load what is due in every view that is stored online, or in those named.
 
     With ``start`` the window from it to ``end`` is loaded; without, what is new since the last run, late rows
-    included. ``end`` is now by default. Errors of a view are in its report.
+    included. ``end`` is now by default. Views in ``force`` are loaded though they fail the gate. ``dry_run``
+    writes nothing: the report says what would be loaded, the gate's verdict and the memory needed. Errors of
+    a view are in its report.
 
     Raises:
         InvalidRequest: a time is naive, or the window is empty.
@@ -51,24 +56,27 @@ def materialize(
     materializer = Materializer(store.config, provider.offline_store)
     reports = []
     for view in _chosen(store, view_names):
-        _end_interrupted_state(store, view)
+        if not dry_run:
+            _end_interrupted_state(store, view)
         began = _interval_start(view, start, end)
-        if views.needs_feast(view):
-            reports.append(_through_feast(store, view, began, end))
+        if (reason := views.needs_feast(view)) is not None:
+            reports.append(_through_feast(store, view, began, end, reason, dry_run=dry_run))
             continue
+        request = Request(
+            start=start,
+            end=end,
+            incremental=start is None,
+            force=view.name in force,
+            dry_run=dry_run,
+            wait_seconds=wait_seconds,
+            observe=observe,
+        )
         try:
-            report = materializer.load_view(
-                view,
-                start=start,
-                end=end,
-                incremental=start is None,
-                wait_seconds=wait_seconds,
-                observe=observe,
-            )
+            report = materializer.load_view(view, request)
         except BanquetError as exc:
-            reports.append(ViewReport(view=view.name, error=exc))
-            continue
-        store.registry.apply_materialization(view, store.project, began, end)
+            report = ViewReport(view=view.name, error=exc)
+        if report.ok and not dry_run:
+            store.registry.apply_materialization(view, store.project, began, end)
         reports.append(report)
     return RunReport(tuple(reports))
 
@@ -110,12 +118,16 @@ def _end_interrupted_state(store: FeatureStore, view: Any) -> None:
     store.registry.apply_feature_view(view, store.project, commit=True)
 
 
-def _through_feast(store: FeatureStore, view: Any, start: datetime, end: datetime) -> ViewReport:
+def _through_feast(
+    store: FeatureStore, view: Any, start: datetime, end: datetime, reason: str, *, dry_run: bool
+) -> ViewReport:
     """A view that only Feast's own engine computes: loaded by it, without ledger or gate."""
-    reason = f"through Feast: {views.needs_feast(view)}"
+    report = ViewReport(view=view.name, reason=f"through Feast: {reason}", start=start, end=end)
+    if dry_run:
+        return report
     try:
         store.materialize(start, end, feature_views=[view.name])
     except Exception as exc:  # noqa: BLE001  a user's function may raise anything
         error = BanquetError(f"Feast could not materialize view {view.name!r}: {exc}")
-        return ViewReport(view=view.name, reason=reason, start=start, end=end, error=error)
-    return ViewReport(view=view.name, reason=reason, start=start, end=end)
+        return replace(report, error=error)
+    return report

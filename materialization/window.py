@@ -1,7 +1,8 @@
 """What one load covers: the newest row per key of a view's source within a window, in a fixed order.
 
-Knows DuckDB, the source's columns and which row wins; knows no Redis, no ledger and no Feast object. The
-order of the rows depends on nothing but the source, so a load that was killed finds its place again.
+The rows are staged in DuckDB, which keeps them in memory or on disk as its limit allows: the gate judges the
+staged rows before the first is written. Their order depends on nothing but the source, so a load that was
+killed finds its place again. Knows which row wins; knows no Redis, no ledger and no Feast object.
 """
 
 # ruff: noqa: S608  SQL is built from identifiers quoted by core.source.identifier and from numbers
@@ -21,8 +22,9 @@ from core.source import Scan, identifier
 EVENT = "__event"
 EVENT_NS = "__event_ns"
 CREATED_NS = "__created_ns"
-# Rows that one pass over the source sorts: what bounds the memory of a load.
-PARTITION_ROWS = 1_000_000
+STAGED = "staged"
+# Rows of the source that one pass over it sorts: what bounds the memory of a load.
+PARTITION_ROWS = 1_250_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +39,6 @@ class Window:
     end_us: int
     after_us: int | None = None
     arrived_after_ns: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What a window holds: rows, about how many keys, and the newest timestamps."""
-
-    rows: int
-    keys: int
-    newest_event_us: int | None
-    newest_created_ns: int | None
 
 
 class ViewSource:
@@ -87,6 +79,11 @@ class ViewSource:
         """Whether the source has created timestamps."""
         return self._created is not None
 
+    @property
+    def feature_types(self) -> dict[str, str]:
+        """DuckDB's type of each feature's column."""
+        return {name: self.scan.columns[column] for name, column in self.features.items()}
+
     def rows_sql(self, window: Window, condition: str = "true") -> str:
         """Every row in the window, by the view's names, with its event and created timestamps."""
         columns = [f"{identifier(c)} AS {identifier(n)}" for n, c in {**self.keys, **self.features}.items()]
@@ -109,37 +106,41 @@ class ViewSource:
         newest += [f"{identifier(name)} DESC" for name in self.scan.position]
         partition = f"PARTITION BY {self._key_list} " if self.keys else ""
         return (
-            f"SELECT {', '.join(names)}, {EVENT}, {CREATED_NS} "
+            f"SELECT {', '.join(names)}, {EVENT}, {EVENT_NS}, {CREATED_NS} "
             f"FROM ({self.rows_sql(window, f'{condition} AND {known}' if known else condition)}) "
             f"QUALIFY row_number() OVER ({partition}ORDER BY {', '.join(newest)}) = 1"
         )
 
-    def survey(self, window: Window) -> Survey:
-        """Count the rows in the window, older ones of the same key included."""
-        keys = ", ".join(identifier(column) for column in self.keys.values())
-        distinct = f"approx_count_distinct(hash({keys}))" if keys else "least(count(*), 1)"
-        sql = (
-            f"SELECT count(*), {distinct}, max({self._event_ns}), max({self._created_ns or 'NULL'}) "
-            f"FROM {self.scan.table} WHERE {self._where(window)}"
-        )
-        ((rows, found, event_ns, created_ns),) = self._con.execute(sql).fetchall()
-        return Survey(rows, found, None if event_ns is None else event_ns // 1000, created_ns)
+    def count(self, window: Window) -> int:
+        """How many rows lie in the window, older ones of the same key included."""
+        sql = f"SELECT count(*) FROM {self.scan.table} WHERE {self._where(window)}"
+        ((rows,),) = self._con.execute(sql).fetchall()
+        return int(rows)
 
-    def batches(
-        self, window: Window, partition: int, partitions: int, batch_rows: int
-    ) -> Iterator[pa.RecordBatch]:
-        """The newest rows whose key falls into one of ``partitions``, ordered by key.
+    def nameless(self, window: Window) -> int:
+        """How many rows in the window have a null in their key; they cannot be stored."""
+        if not self.keys:
+            return 0
+        unknown = " OR ".join(f"{identifier(column)} IS NULL" for column in self.keys.values())
+        sql = f"SELECT count(*) FROM {self.scan.table} WHERE {self._where(window)} AND ({unknown})"
+        ((rows,),) = self._con.execute(sql).fetchall()
+        return int(rows)
 
-        Every batch but the last has ``batch_rows`` rows.
+    def stage(self, window: Window, partitions: int) -> Staged:
+        """Read the newest row of every key into the table ``staged``, ordered by key within each partition.
+
+        Each partition is one pass over the source, which takes the keys whose hash falls into it.
         """
-        condition, order = "true", ""
-        if self.keys:
-            columns = ", ".join(identifier(column) for column in self.keys.values())
-            if partitions > 1:
-                condition = f"hash({columns}) % {partitions} = {partition}"
-            order = f" ORDER BY {self._key_list}"
-        relation = self._con.sql(self.newest_sql(window, condition) + order)
-        return _rebatched(relation.to_arrow_reader(batch_rows), batch_rows)
+        order = f" ORDER BY {self._key_list}" if self.keys else ""
+        columns = ", ".join(identifier(column) for column in self.keys.values())
+        self._con.execute(f"DROP TABLE IF EXISTS {STAGED}")
+        for partition in range(partitions if self.keys else 1):
+            own = f"hash({columns}) % {partitions} = {partition}" if partitions > 1 and columns else "true"
+            target = f"CREATE TEMP TABLE {STAGED} AS" if partition == 0 else f"INSERT INTO {STAGED}"
+            self._con.execute(f"{target} {self.newest_sql(window, own)}{order}")
+        sql = f"SELECT count(*), max({EVENT_NS}), max({CREATED_NS}) FROM {STAGED}"
+        ((rows, event_ns, created_ns),) = self._con.execute(sql).fetchall()
+        return Staged(self._con, self.view, rows, None if event_ns is None else event_ns // 1000, created_ns)
 
     @cached_property
     def _key_list(self) -> str:
@@ -156,8 +157,30 @@ class ViewSource:
         return f"{where} AND ({' OR '.join(fresh)})"
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The rows of one load: how many, and their newest timestamps. ``con`` has them as ``staged``."""
+
+    con: duckdb.DuckDBPyConnection
+    view: View
+    rows: int
+    newest_event_us: int | None
+    newest_created_ns: int | None
+
+    def sample(self, rows: int) -> pa.Table:
+        """About ``rows`` of them, spread over all, the same ones every time."""
+        step = max(1, self.rows // rows)
+        sql = f"SELECT * EXCLUDE ({EVENT_NS}) FROM {STAGED} WHERE rowid % {step} = 0 LIMIT {rows}"
+        return self.con.sql(sql).to_arrow_table()
+
+    def batches(self, batch_rows: int, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        """All rows but the first ``skip`` in their order, ``batch_rows`` at a time."""
+        sql = f"SELECT * EXCLUDE ({EVENT_NS}) FROM {STAGED} WHERE rowid >= {skip}"
+        return _rebatched(self.con.sql(sql).to_arrow_reader(batch_rows), batch_rows)
+
+
 def partitions_for(rows: int) -> int:
-    """Into how many passes over the source a load of ``rows`` rows is cut."""
+    """Into how many passes over the source a load of ``rows`` of its rows is cut."""
     return max(1, -(-rows // PARTITION_ROWS))
 
 
