@@ -6,7 +6,7 @@ import contextlib
 import io
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,16 @@ def plan(repository: FeastRepository) -> ApplyPlan:
                 f"The definitions in {repository.path} cannot be applied: {type(exc).__name__}: {exc}",
                 hint="Correct them; `feast plan` in that folder shows the traceback.",
             ) from exc
-    changes = [
-        Change(
-            action=_ACTIONS[diff.transition_type.name],
-            kind=diff.feast_object_type.value,
-            name=diff.name,
-            details=tuple(p.property_name for p in diff.feast_object_property_diffs),
+    changes = []
+    for diff in registry_diff.feast_object_diffs:
+        action = _ACTIONS.get(diff.transition_type.name)
+        details = tuple(
+            changed.property_name
+            for changed in diff.feast_object_property_diffs
+            if _plain(changed.val_existing) != _plain(changed.val_declared)
         )
-        for diff in registry_diff.feast_object_diffs
-        if diff.transition_type.name in _ACTIONS and not diff.name.startswith("__dummy")
-    ]
+        if action and not diff.name.startswith("__dummy") and (details or action != "changed"):
+            changes.append(Change(action, diff.feast_object_type.value, diff.name, details))
     return ApplyPlan(tuple(changes), contents)
 
 
@@ -98,6 +98,20 @@ def apply(repository: FeastRepository, planned: ApplyPlan) -> None:
             ) from exc
 
 
+def _plain(value: Any) -> Any:
+    """A property without the times at which Feast registered it, which differ at every comparison."""
+    from google.protobuf.json_format import MessageToDict
+    from google.protobuf.message import Message
+
+    if isinstance(value, Message):
+        value = MessageToDict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items() if name != "meta"}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(entry) for entry in value]
+    return value
+
+
 @contextlib.contextmanager
 def _inside(path: Path) -> Iterator[None]:
     """Feast imports definitions as top-level modules of the working directory and prints as it goes."""
@@ -112,6 +126,10 @@ def _inside(path: Path) -> Iterator[None]:
     finally:
         if added:
             sys.path.remove(str(path))
+        # A second repository may call its modules the same; it must not be given these.
+        for name, module in list(sys.modules.items()):
+            if "." not in name and str(getattr(module, "__file__", None) or "").startswith(f"{path}/"):
+                del sys.modules[name]
 
 
 def _refuse_colliding_features(contents: Any) -> None:
