@@ -50,13 +50,7 @@ def to_python(message: Any) -> Any:
     Raises:
         CorruptCell: the message holds what no writer of Feast would store, such as the year 300,000.
     """
-    kind = message.WhichOneof("val")
-    if kind is None:
-        return None
-    try:
-        return _TO_PYTHON[kind](getattr(message, kind))
-    except (ValueError, OverflowError, OSError, InvalidDecimal) as exc:
-        raise CorruptCell(f"A stored {kind.removesuffix('_val')} cannot be decoded: {exc}.") from exc
+    return _converted(message, _TO_PYTHON)
 
 
 def to_json(message: Any) -> Any:
@@ -66,9 +60,21 @@ def to_json(message: Any) -> Any:
     "Infinity" or "-Infinity", a JSON feature stays the text it is. Unlike there, a missing timestamp is None
     and not the number that stands for it, and a scalar map, which Feast's server leaves out, is an object
     with its keys as texts.
+
+    Raises:
+        CorruptCell: as ``to_python``.
     """
+    return _converted(message, _TO_JSON)
+
+
+def _converted(message: Any, converters: dict[str, Callable[[Any], Any]]) -> Any:
     kind = message.WhichOneof("val")
-    return None if kind is None else _TO_JSON[kind](getattr(message, kind))
+    if kind is None:
+        return None
+    try:
+        return converters[kind](getattr(message, kind))
+    except (ValueError, OverflowError, OSError, InvalidDecimal) as exc:
+        raise CorruptCell(f"A stored {kind.removesuffix('_val')} cannot be decoded: {exc}.") from exc
 
 
 def instant(seconds: int) -> datetime | None:

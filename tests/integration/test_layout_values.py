@@ -31,7 +31,7 @@ def test_there_is_a_strategy_for_every_storable_type() -> None:
 
 @pytest.mark.parametrize("dtype", sorted(VALUES), ids=lambda dtype: dtype.name)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_value_is_encoded_as_feast_encodes_it(dtype: Dtype, data: st.DataObject) -> None:
     value = data.draw(st.none() | VALUES[dtype])
     # Feast looks at the first value that is not empty: without one, b"" would be stored as null.
@@ -50,7 +50,7 @@ def test_a_value_is_encoded_as_feast_encodes_it(dtype: Dtype, data: st.DataObjec
 @given(
     messages=st.lists(FLAT_MESSAGES, max_size=4), dtype=st.sampled_from(Dtype), times=st.sampled_from([1, 20])
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_cells_of_any_types_decode_as_feast_decodes_them_whatever_type_is_declared(
     messages: list[Any], dtype: Dtype, times: int
 ) -> None:
@@ -65,7 +65,7 @@ def test_nested_cells_decode_as_feast_decodes_them(messages: list[Any]) -> None:
 
 @pytest.mark.parametrize("dtype", sorted(VALUES), ids=lambda dtype: dtype.name)
 @given(data=st.data(), times=st.sampled_from([1, 30]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_column_of_one_type_with_gaps_decodes_as_feast_decodes_it(
     dtype: Dtype, data: st.DataObject, times: int
 ) -> None:
@@ -76,8 +76,9 @@ def test_a_column_of_one_type_with_gaps_decodes_as_feast_decodes_it(
 def check_decoding(messages: list[Any], dtype: Dtype) -> None:
     cells = [message.SerializeToString() for message in messages] + [None]
     kind = ValueType(int(dtype))
-    json = [_value_to_native(message) for message in messages] + [None]
-    assert same(layout.decode_json_column(cells, dtype), json)
+    if dtype is not Dtype.SCALAR_MAP:  # Feast's server leaves scalar maps out
+        json = [_value_to_native(message) for message in messages] + [None]
+        assert same(layout.decode_json_column(cells, dtype), json)
     try:
         python = [feast_value_type_to_python_type(message, kind) for message in messages] + [None]
     except ValueError:  # Feast takes any text of a UUID feature for a UUID, and fails

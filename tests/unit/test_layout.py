@@ -282,6 +282,26 @@ def test_json_values_of_python_values_are_those_of_their_cells() -> None:
     assert layout.json_value(None, Dtype.INT64) is None
 
 
+def test_a_scalar_map_is_a_json_object_with_its_keys_as_texts() -> None:
+    for key, text in ((7, "7"), (True, "true"), (b"\x01", "AQ=="), (Decimal("1.50"), "1.50")):
+        assert layout.json_value({key: float("nan")}, Dtype.SCALAR_MAP) == {text: None}
+        assert layout.json_value({key: [1, 2]}, Dtype.SCALAR_MAP) == {text: [1, 2]}
+
+
+def test_on_demand_values_become_json_as_if_they_had_been_stored() -> None:
+    assert layout.json_column([1, np.int64(2), 3.0, None], Dtype.INT64) == [1, 2, 3, None]
+    assert layout.json_column([0.1, float("nan"), float("inf"), 1], Dtype.DOUBLE) == [
+        0.1,
+        None,
+        "Infinity",
+        1.0,
+    ]
+    assert layout.json_column([0.1], Dtype.FLOAT) == [float(np.float32(0.1))]
+    assert layout.json_column(["a", None, 5], Dtype.STRING) == ["a", None, "5"]
+    with pytest.raises(InvalidFeatureValue):
+        layout.json_column([2**63], Dtype.INT64)
+
+
 @pytest.mark.parametrize(
     "cell",
     [b"\x20", b"\x20\x80", b"\x12\x05ab", b"\x29\x00", b"\x12\x01\xff", b"\x07", b"\x72\x04\x0a\x09\x01"],
