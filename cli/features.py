@@ -88,9 +88,20 @@ def apply(ctx: Context, dry_run: bool) -> None:
 @click.option("--start", help="Load the window from this time (ISO 8601 with a zone) instead of what is new.")
 @click.option("--end", help="Load up to this time; default: now.")
 @click.option("--views", help="Only these views, separated by commas.")
+@click.option("--force", multiple=True, metavar="VIEW", help="Load this view though it fails the gate.")
+@click.option("--dry-run", is_flag=True, help="Show rows, memory and the gate's verdict; write nothing.")
+@click.option("--wait", default=0.0, show_default=True, help="Seconds to wait for another run of a view.")
 @click.pass_obj
-def materialize(ctx: Context, start: str | None, end: str | None, views: str | None) -> None:
-    """Load new and late rows into the online store."""
+def materialize(
+    ctx: Context,
+    start: str | None,
+    end: str | None,
+    views: str | None,
+    force: tuple[str, ...],
+    dry_run: bool,
+    wait: float,
+) -> None:
+    """Check new and late rows against their expectations, then load them into the online store."""
     from core.repository import FeastRepository
 
     report = load_views(
@@ -99,6 +110,9 @@ def materialize(ctx: Context, start: str | None, end: str | None, views: str | N
         view_names=[name.strip() for name in views.split(",")] if views else None,
         start=moment(start) if start else None,
         end=moment(end) if end else None,
+        force=force,
+        dry_run=dry_run,
+        wait_seconds=wait,
     )
     ctx.report(report.as_json(), "\n".join(_outcome(view) for view in report.views))
     if not report.ok:
@@ -134,11 +148,20 @@ def load_views(ctx: Context, repository: FeastRepository, **window: Any) -> RunR
 
 
 def _outcome(view: ViewReport) -> str:
-    if view.error is not None:
-        return click.style(f"  {view.view}: {view.error}", fg="red")
+    """A view's line, and a line for each thing the gate found."""
     why = f" ({view.reason})" if view.reason else ""
-    older = f", {view.older:,} older ones left out" if view.older else ""
-    return f"  {view.view}: {view.written:,} rows written{older} in {view.seconds:.1f} s{why}"
+    if view.error is not None:
+        lines = [click.style(f"  {view.view}: {view.error}", fg="red")]
+    elif view.memory_bytes is not None:
+        lines = [
+            f"  {view.view}: {view.rows:,} rows due, about {view.memory_bytes / 1e6:,.1f} MB of Redis{why}"
+        ]
+    else:
+        older = f", {view.older:,} older ones left out" if view.older else ""
+        lines = [f"  {view.view}: {view.written:,} rows written{older} in {view.seconds:.1f} s{why}"]
+    for finding in view.gate.findings if view.gate else ():
+        lines.append(click.style(f"    {finding}", fg="yellow" if finding.warning else "red"))
+    return "\n".join(lines)
 
 
 @main.command()
