@@ -96,6 +96,7 @@ def encode_value(value: Any, dtype: Dtype) -> bytes:
 
 
 _DOUBLE = struct.Struct("<Bd")
+_unpack_double = _DOUBLE.unpack
 _FLOAT = struct.Struct("<Bf")
 _INTEGERS = {Dtype.INT32: (0x18, _INT32), Dtype.INT64: (0x20, _INT64)}
 _NULL_TIMESTAMP_CELL = b"\x40" + varint(NULL_TIMESTAMP)
@@ -153,6 +154,12 @@ def decode_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
     Raises:
         CorruptCell: a cell is no Feast value.
     """
+    if len(cells) == 1:  # the read of one entity: no comprehension, no dispatch for the commonest types
+        cell = cells[0]
+        if cell and len(cell) == 9 and cell[0] == 0x29:
+            return [_unpack_double(cell)[1]]
+        if dtype not in _UUIDS and dtype is not Dtype.FLOAT:
+            return [_VALUES[cell]]
     decode = _BY_DTYPE.get(dtype)
     return [_VALUES[cell] for cell in cells] if decode is None else decode(cells, _VALUES)
 
@@ -370,16 +377,20 @@ def _uuids_in(collection: type[list[Any]] | type[set[Any]]) -> Callable[[Any], A
     return lambda value: collection(map(_as_uuid, value)) if type(value) is collection else value
 
 
-_FLOATS = frozenset({Dtype.DOUBLE, Dtype.FLOAT})
-_BY_DTYPE: Mapping[Dtype, Callable[[Sequence[Cell], _Memo], list[Any]]] = {
-    Dtype.DOUBLE: _float_decoder(_DOUBLE, 0x29),
-    Dtype.FLOAT: _float_decoder(_FLOAT, 0x35),
-    Dtype.INT32: _integer_decoder(0x18),
-    Dtype.INT64: _integer_decoder(0x20),
+_Decoder = Callable[[Sequence[Cell], _Memo], list[Any]]
+_UUIDS: Mapping[Dtype, _Decoder] = {
     Dtype.UUID: _uuid_decoder(_as_uuid),
     Dtype.TIME_UUID: _uuid_decoder(_as_uuid),
     Dtype.UUID_LIST: _uuid_decoder(_uuids_in(list)),
     Dtype.TIME_UUID_LIST: _uuid_decoder(_uuids_in(list)),
     Dtype.UUID_SET: _uuid_decoder(_uuids_in(set)),
     Dtype.TIME_UUID_SET: _uuid_decoder(_uuids_in(set)),
+}
+_FLOATS = frozenset({Dtype.DOUBLE, Dtype.FLOAT})
+_BY_DTYPE: Mapping[Dtype, _Decoder] = {
+    Dtype.DOUBLE: _float_decoder(_DOUBLE, 0x29),
+    Dtype.FLOAT: _float_decoder(_FLOAT, 0x35),
+    Dtype.INT32: _integer_decoder(0x18),
+    Dtype.INT64: _integer_decoder(0x20),
+    **_UUIDS,
 }
