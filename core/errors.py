@@ -25,6 +25,7 @@ BanquetError
 ├── CheckFailed                 a check did what it is for: it found something
 │   ├── GateFailed              source rows that the gate keeps from being loaded
 │   ├── DatasetMismatch         the offline store returned other rows than it was asked for
+│   ├── DamagedRegistry         a file of the model registry cannot be read
 │   └── ModelRejected           a model package that must not serve
 │       ├── InvalidManifest     manifest.json is not what this release reads
 │       ├── DigestMismatch
@@ -169,6 +170,10 @@ class GateFailed(CheckFailed):
 
 class DatasetMismatch(CheckFailed):
     """The offline store returned other rows than the entity rows it was given."""
+
+
+class DamagedRegistry(CheckFailed):
+    """A file of the model registry cannot be read."""
 
 
 class ModelRejected(CheckFailed):

@@ -34,9 +34,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def is_model_name(name: str) -> bool:
+    """Whether ``name`` can name a model, and a folder or file of its own."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
 def check_model_name(name: str) -> str:
-    """``name`` itself when it can name a model (and a folder); raises InvalidRequest otherwise."""
-    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+    """``name`` itself when it can name a model; raises InvalidRequest otherwise."""
+    if not is_model_name(name):
         raise InvalidRequest(
             f"{name!r} cannot name a model.",
             hint="Use up to 128 letters, digits, '_', '-' and '.', beginning with a letter or digit.",

@@ -24,8 +24,15 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from core.errors import Conflict, DigestMismatch, InvalidRequest, ModelNotFound, RegistryUnavailable
-from core.manifest import MANIFEST_FILE, ModelManifest, check_model_name
+from core.errors import (
+    Conflict,
+    DamagedRegistry,
+    DigestMismatch,
+    InvalidRequest,
+    ModelNotFound,
+    RegistryUnavailable,
+)
+from core.manifest import MANIFEST_FILE, ModelManifest, check_model_name, is_model_name
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES_FILE = "aliases.json"
@@ -69,7 +76,7 @@ class ModelRegistry:
 
     def models(self) -> list[str]:
         """The names of the models that have a version."""
-        return [name for name in self._children() if not name.startswith(".") and self.versions(name)]
+        return [name for name in self._children() if is_model_name(name) and self.versions(name)]
 
     def versions(self, name: str) -> list[int]:
         """The registered versions of a model, ascending; empty for an unknown one."""
@@ -79,7 +86,7 @@ class ModelRegistry:
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of a model and the versions they point to."""
         text = self._read(check_model_name(name), ALIASES_FILE)
-        return {} if text is None else {alias: int(version) for alias, version in json.loads(text).items()}
+        return {} if text is None else _aliases(text, f"{name}/{ALIASES_FILE}", lambda tree: tree)
 
     def resolve(self, reference: str) -> tuple[str, int]:
         """The name and version behind ``name``, ``models:/name@champion`` or ``models:/name/3``.
@@ -177,13 +184,20 @@ class ModelRegistry:
         self._replace((name, str(version), MANIFEST_FILE), manifest.to_json().encode())
         return manifest
 
-    def set_alias(self, name: str, alias: str, version: int, *, why: str = "") -> Change:
-        """Point one alias to a registered version. Raises ModelNotFound where there is none."""
+    def set_alias(
+        self, name: str, alias: str, version: int, *, why: str = "", who: str | None = None
+    ) -> Change:
+        """Point one alias to a registered version. Raises ModelNotFound where there is none.
+
+        ``who`` is the person behind the change; by default the user this process runs as.
+        """
         check_model_name(alias)
         self._require(name, version)
-        return self._change(name, f"set {alias}", lambda aliases: {**aliases, alias: version}, why)
+        return self._change(name, f"set {alias}", lambda aliases: {**aliases, alias: version}, why, who)
 
-    def promote(self, name: str, version: int | None = None, *, why: str = "") -> Change:
+    def promote(
+        self, name: str, version: int | None = None, *, why: str = "", who: str | None = None
+    ) -> Change:
         """Make a version (default: the challenger) champion; the champion before it becomes ``previous``.
 
         Raises:
@@ -203,9 +217,9 @@ class ModelRegistry:
             kept = {a: v for a, v in aliases.items() if not (a == CHALLENGER and v == chosen)}
             return {**kept, CHAMPION: chosen, **({} if champion is None else {PREVIOUS: champion})}
 
-        return self._change(name, "promote", promoted, why)
+        return self._change(name, "promote", promoted, why, who)
 
-    def rollback(self, name: str, *, why: str = "") -> Change:
+    def rollback(self, name: str, *, why: str = "", who: str | None = None) -> Change:
         """Make the previous champion champion again, and the champion ``previous``.
 
         Raises:
@@ -220,34 +234,50 @@ class ModelRegistry:
                 )
             return {**aliases, CHAMPION: aliases[PREVIOUS], PREVIOUS: aliases[CHAMPION]}
 
-        return self._change(name, "rollback", rolled_back, why)
+        return self._change(name, "rollback", rolled_back, why, who)
 
     def history(self, name: str) -> list[Change]:
         """Every change of a model's aliases, oldest first."""
-        changes = []
-        for number in self._history_numbers(check_model_name(name)):
-            text = self._read(name, _HISTORY, f"{number}.json")
-            if text is not None:
-                changes.append(Change(**json.loads(text)))
-        return changes
+        return [self._entry(name, number) for number in self._history_numbers(check_model_name(name))]
+
+    def _entry(self, name: str, number: int) -> Change:
+        text = self._read(name, _HISTORY, f"{number}.json")
+        place = f"{name}/{_HISTORY}/{number}.json"
+        aliases = _aliases(text or b"", place, lambda tree: tree["aliases"])
+        tree = json.loads(text or b"")
+        return Change(str(tree["action"]), aliases, str(tree["who"]), str(tree["when"]), str(tree["why"]))
 
     def _change(
-        self, name: str, action: str, change: Callable[[dict[str, int]], dict[str, int]], why: str
+        self,
+        name: str,
+        action: str,
+        change: Callable[[dict[str, int]], dict[str, int]],
+        why: str,
+        who: str | None,
     ) -> Change:
         """Append to the history, which decides who comes first, then repeat the aliases for readers."""
         check_model_name(name)
         while True:
-            numbers = self._history_numbers(name)
-            last = numbers[-1] if numbers else 0
-            entry = self._read(name, _HISTORY, f"{last}.json") if last else None
-            current: dict[str, int] = json.loads(entry)["aliases"] if entry else {}
-            done = Change(action, change(current), getpass.getuser(), datetime.now(tz=UTC).isoformat(), why)
+            last = max(self._history_numbers(name), default=0)
+            current = dict(self._entry(name, last).aliases) if last else {}
+            done = Change(action, change(current), who or _user(), datetime.now(tz=UTC).isoformat(), why)
             try:
                 self._write_new((name, _HISTORY, f"{last + 1}.json"), _json(asdict(done)))
             except FileExistsError:
                 continue
-            self._replace((name, ALIASES_FILE), _json(done.aliases))
+            self._repeat_aliases(name)
             return done
+
+    def _repeat_aliases(self, name: str) -> None:
+        """Write the last entry's aliases to ``aliases.json``.
+
+        Of two writers at once the slower may carry the older entry, so each looks again after it has
+        written: the last one to look leaves the newest.
+        """
+        written = 0
+        while (last := max(self._history_numbers(name))) != written:
+            self._replace((name, ALIASES_FILE), _json(self._entry(name, last).aliases))
+            written = last
 
     def _history_numbers(self, name: str) -> list[int]:
         stems = (child.removesuffix(".json") for child in self._children(name, _HISTORY))
@@ -332,7 +362,7 @@ class ModelRegistry:
             yield
         except (FileExistsError, FileNotFoundError, NotADirectoryError):
             raise
-        except OSError as exc:
+        except Exception as exc:  # each store has exceptions of its own, few of them OSError
             raise RegistryUnavailable(
                 f"The model registry {self.url!r} does not answer: {exc}.",
                 hint="Check BANQUET_REGISTRY_URL and the credentials of its store.",
@@ -341,6 +371,27 @@ class ModelRegistry:
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _aliases(text: bytes, place: str, pick: Callable[[Any], Any]) -> dict[str, int]:
+    """The aliases in a JSON text; raises DamagedRegistry where there are none to be read."""
+    try:
+        aliases = pick(json.loads(text))
+        if not all(type(version) is int for version in aliases.values()):
+            raise TypeError("a version is not an integer")
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise DamagedRegistry(
+            f"{place} in the model registry cannot be read: {exc}.",
+            hint="Restore the file; the model's history has every change of its aliases.",
+        ) from exc
+    return dict(aliases)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
 
 
 def _json(tree: Any) -> bytes:

@@ -54,6 +54,9 @@ def _candidates(estimator: Any, matrix: Matrix, reasons: list[str]) -> Iterator[
         return
     if not hasattr(estimator, "predict_proba") and hasattr(estimator, "classes_"):
         return  # skl2onnx gives decision scores in the place of probabilities
+    if any(type(part).__name__ in _ENDLESS for part in estimator.get_params(deep=True).values()):
+        reasons.append("skl2onnx: its conversion of this estimator does not end")
+        return
     from skl2onnx import to_onnx
 
     options = {"zipmap": False} if hasattr(estimator, "classes_") else {}
@@ -71,6 +74,10 @@ def _candidates(estimator: Any, matrix: Matrix, reasons: list[str]) -> Iterator[
 
 # What converter and runtime both support; the converter's own default may run ahead of the runtime.
 _SKL2ONNX_OPSETS = {"": 21, "ai.onnx.ml": 3}
+
+
+# Transformers whose skl2onnx conversion runs for hours.
+_ENDLESS = frozenset({"QuantileTransformer"})
 
 
 def _brief(exc: Exception) -> str:
