@@ -18,8 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.errors import InvalidRepository
+import pyarrow as pa
+
+from core.errors import InvalidFeatureValue, InvalidRepository
 from core.expectations import Expectation, sql_is_null
+from core.layout_columns import cells
 from core.repository import Feature, View
 from core.source import identifier
 from core.types import Dtype
@@ -27,34 +30,17 @@ from materialization.distribution import PSI_MIN_ROWS, shares, stability_index
 from materialization.window import STAGED, Staged
 
 SAMPLE_KEYS = 5
+_TYPE_SAMPLE_ROWS = 500
 
 DEFAULT_MAX_PSI = 0.25
 DEFAULT_MAX_ROW_CHANGE = 0.5
 
-_INTEGER_RANGES = {Dtype.INT32: (-(1 << 31), (1 << 31) - 1)}
-_NUMBER_TYPES = (
-    "TINYINT",
-    "SMALLINT",
-    "INTEGER",
-    "BIGINT",
-    "HUGEINT",
-    "UTINYINT",
-    "USMALLINT",
-    "UINTEGER",
-    "UBIGINT",
-    "FLOAT",
-    "DOUBLE",
-    "DECIMAL",
-    "BOOLEAN",
-)
-_TIME_TYPES = ("TIMESTAMP", "DATE", *_NUMBER_TYPES)
-_SOURCE_TYPES: dict[Dtype, tuple[str, ...]] = {
-    **dict.fromkeys((Dtype.INT32, Dtype.INT64, Dtype.FLOAT, Dtype.DOUBLE), _NUMBER_TYPES),
-    Dtype.BOOL: ("BOOLEAN", *_NUMBER_TYPES),
-    Dtype.STRING: ("VARCHAR", "ENUM", "UUID"),
-    Dtype.BYTES: ("BLOB",),
-    Dtype.UNIX_TIMESTAMP: _TIME_TYPES,
+_INTEGER_RANGES = {
+    Dtype.INT32: (-(1 << 31), (1 << 31) - 1),
+    Dtype.INT64: (-(1 << 63), (1 << 63) - 1),
 }
+# Types whose values any integer feature can hold.
+_NARROW = {"TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT", "BOOLEAN"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +164,12 @@ def judge(
         InvalidRepository: a tag is malformed.
     """
     view = staged.view
-    findings = [*_key_findings(view, nameless), *_type_findings(view, source_types)]
+    findings = [*_key_findings(view, nameless), *_type_findings(staged, source_types)]
     unreadable = {finding.column for finding in findings}
     readable = [feature for feature in view.features if feature.name not in unreadable]
     findings += _row_findings(staged, limits, end_us, whole, reference)
     if staged.rows:
-        findings += _expectation_findings(staged, readable)
+        findings += _expectation_findings(staged, readable, source_types)
         if reference is not None and limits.max_psi is not None:
             findings += _drift_findings(staged, readable, limits.max_psi, reference)
     return GateResult(view=view.name, rows=staged.rows, findings=tuple(findings))
@@ -198,19 +184,26 @@ def _key_findings(view: View, nameless: int) -> list[Finding]:
     ]
 
 
-def _type_findings(view: View, source_types: Mapping[str, str]) -> list[Finding]:
+def _type_findings(staged: Staged, source_types: Mapping[str, str]) -> list[Finding]:
+    """Features whose values cannot be stored as the type they are declared with, judged by a sample."""
+    sample = staged.sample(_TYPE_SAMPLE_ROWS)
     findings = []
-    for feature in view.features:
-        found, allowed = source_types[feature.name], _SOURCE_TYPES.get(feature.dtype)
-        is_list = found.endswith("]")
-        if allowed is None:
-            listed = feature.dtype.name.endswith(("_LIST", "_SET"))
-            fits = is_list or not listed
-        else:
-            fits = not is_list and found.startswith(allowed)
-        if not fits:
+    for feature in staged.view.features:
+        column = sample[feature.name].combine_chunks()
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if feature.dtype in _INTEGER_RANGES and pa.types.is_integer(column.type):
+            continue  # every value's range is checked below
+        try:
+            cells(column, feature.dtype)
+        except (InvalidFeatureValue, pa.ArrowException):
             findings.append(
-                Finding(column=feature.name, expectation="type", expected=feature.dtype.name, observed=found)
+                Finding(
+                    column=feature.name,
+                    expectation="type",
+                    expected=feature.dtype.name,
+                    observed=source_types[feature.name],
+                )
             )
     return findings
 
@@ -245,7 +238,9 @@ def _row_findings(
     return findings
 
 
-def _expectation_findings(staged: Staged, features: Sequence[Feature]) -> list[Finding]:
+def _expectation_findings(
+    staged: Staged, features: Sequence[Feature], source_types: Mapping[str, str]
+) -> list[Finding]:
     """One pass over the staged rows for every expectation; a second look only at what was violated."""
     asked: list[tuple[Feature, str, Any, str]] = []  # feature, expectation, expected, predicate
     values: dict[str, str] = {}
@@ -260,7 +255,9 @@ def _expectation_findings(staged: Staged, features: Sequence[Feature]) -> list[F
         }
         for tag, predicate in expectation.sql_violations(column, feature.dtype).items():
             asked.append((feature, tag, expected[tag], predicate))
-        if feature.dtype in _INTEGER_RANGES:
+        found = source_types[feature.name]
+        wide = found not in _NARROW and not (feature.dtype is Dtype.INT64 and found == "BIGINT")
+        if feature.dtype in _INTEGER_RANGES and wide:
             low, high = _INTEGER_RANGES[feature.dtype]
             outside = f"({column} < {low} OR {column} > {high})"
             asked.append((feature, "type", feature.dtype.name, outside))
@@ -280,7 +277,7 @@ def _expectation_findings(staged: Staged, features: Sequence[Feature]) -> list[F
     if not columns:
         return []
     (row,) = staged.con.sql(f"SELECT {', '.join(columns)} FROM {STAGED}").fetchall()
-    found = dict(zip(values, row[2 * len(asked) :], strict=True))
+    measured = dict(zip(values, row[2 * len(asked) :], strict=True))
     findings = [
         Finding(
             column=feature.name,
@@ -296,7 +293,7 @@ def _expectation_findings(staged: Staged, features: Sequence[Feature]) -> list[F
         if count
     ]
     for feature in features:
-        findings += _rate_and_outlier_findings(staged, feature, found)
+        findings += _rate_and_outlier_findings(staged, feature, measured)
     return findings
 
 

@@ -70,9 +70,11 @@ class ViewSource:
         if scan.columns[self._timestamp] in {"VARCHAR", "DATE"}:
             self._event = f"CAST({self._event} AS TIMESTAMPTZ)"
         self._event_ns = epoch(identifier(self._timestamp), scan.columns[self._timestamp], "ns")
-        self._created_ns = (
-            epoch(identifier(self._created), scan.columns[self._created], "ns") if self._created else None
-        )
+        self._created_ns = "NULL::BIGINT"
+        if self._created:
+            column = identifier(self._created)
+            time = epoch(column, scan.columns[self._created], "ns")
+            self._created_ns = f"CASE WHEN {column} IS NOT NULL THEN {time} END"
 
     @property
     def dated(self) -> bool:
@@ -89,7 +91,7 @@ class ViewSource:
         columns = [f"{identifier(c)} AS {identifier(n)}" for n, c in {**self.keys, **self.features}.items()]
         columns.append(f"{self._event} AS {EVENT}")
         columns.append(f"{self._event_ns} AS {EVENT_NS}")
-        columns.append(f"{self._created_ns or 'NULL::BIGINT'} AS {CREATED_NS}")
+        columns.append(f"{self._created_ns} AS {CREATED_NS}")
         columns += [identifier(name) for name in self.scan.position]
         return (
             f"SELECT {', '.join(columns)} FROM {self.scan.table} WHERE {self._where(window)} AND {condition}"
@@ -147,14 +149,17 @@ class ViewSource:
         return ", ".join(identifier(name) for name in self.keys)
 
     def _where(self, window: Window) -> str:
-        kind = self.scan.columns[self._timestamp]
-        where = within(identifier(self._timestamp), kind, window.start_us, window.end_us)
+        kind, start_us = self.scan.columns[self._timestamp], window.start_us
+        late = window.arrived_after_ns is not None
+        if window.after_us is not None and not late:  # a bound that DuckDB pushes into the files
+            start_us = window.after_us if start_us is None else max(start_us, window.after_us)
+        where = within(identifier(self._timestamp), kind, start_us, window.end_us)
         if window.after_us is None:
             return where
-        fresh = [f"{self._event_ns} > {window.after_us} * 1000"]
-        if self._created_ns and window.arrived_after_ns is not None:
-            fresh.append(f"{self._created_ns} > {window.arrived_after_ns}")
-        return f"{where} AND ({' OR '.join(fresh)})"
+        new = f"{self._event_ns} > {window.after_us} * 1000"
+        if late:
+            new = f"({new} OR {self._created_ns} > {window.arrived_after_ns})"
+        return f"{where} AND {new}"
 
 
 @dataclass(frozen=True, slots=True)
