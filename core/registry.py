@@ -305,11 +305,11 @@ class ModelRegistry:
 
     def _children(self, *parts: str) -> list[str]:
         fs, root = self._store
-        with self._available():
-            try:
+        try:
+            with self._available(FileNotFoundError, NotADirectoryError):
                 found = fs.ls(posixpath.join(root, *parts), detail=False)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
+        except (FileNotFoundError, NotADirectoryError):
+            return []
         return sorted(posixpath.basename(path.rstrip("/")) for path in found)
 
     def _exists(self, *parts: str) -> bool:
@@ -319,19 +319,17 @@ class ModelRegistry:
 
     def _read(self, *parts: str) -> bytes | None:
         fs, root = self._store
-        with self._available():
-            try:
+        try:
+            with self._available(FileNotFoundError, NotADirectoryError):
                 content: bytes = fs.cat_file(posixpath.join(root, *parts))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         return content
 
     def _write_new(self, parts: tuple[str, ...], content: bytes) -> None:
         """Create a file; raises FileExistsError where it is there already."""
-        fs, root = self._store
-        path = posixpath.join(root, *parts)
-        with self._available():
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        fs, path = self._place(parts)
+        with self._available(FileExistsError):
             if "file" not in _protocols(fs):
                 fs.pipe_file(path, content, mode="create")
                 return
@@ -345,22 +343,29 @@ class ModelRegistry:
 
     def _replace(self, parts: tuple[str, ...], content: bytes) -> None:
         """Write a file as a whole: a reader sees the old content or the new, never a part."""
-        fs, root = self._store
-        path = posixpath.join(root, *parts)
+        fs, path = self._place(parts)
         with self._available():
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
             if "file" not in _protocols(fs):
                 fs.pipe_file(path, content)  # object stores replace objects atomically
                 return
             aside = posixpath.join(posixpath.dirname(path), f".{uuid.uuid4().hex}")
             fs.pipe_file(aside, content)
-            fs.mv(aside, path)
+            os.replace(aside, path)
+
+    def _place(self, parts: tuple[str, ...]) -> tuple[Any, str]:
+        """Where to write, its folder made."""
+        fs, root = self._store
+        path = posixpath.join(root, *parts)
+        with self._available():
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        return fs, path
 
     @contextmanager
-    def _available(self) -> Iterator[None]:
+    def _available(self, *expected: type[OSError]) -> Iterator[None]:
+        """Make anything but the errors that the caller expects a RegistryUnavailable."""
         try:
             yield
-        except (FileExistsError, FileNotFoundError, NotADirectoryError):
+        except expected:
             raise
         except Exception as exc:  # each store has exceptions of its own, few of them OSError
             raise RegistryUnavailable(
