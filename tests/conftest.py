@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +34,6 @@ def shop(valkey: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with chdir(path):
         repository.store().materialize(shop.NOW - timedelta(days=500), shop.NOW)
     return path
-
-
-@pytest.fixture(scope="session")
-def run() -> Callable[[Coroutine[Any, Any, T]], T]:
-    """Run a coroutine to its end."""
-    return asyncio.run
 
 
 @pytest.fixture(scope="session")
