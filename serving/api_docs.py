@@ -180,3 +180,86 @@ ONLINE_FEATURES: dict[str, Any] = {
         "503": _UNAVAILABLE,
     },
 }
+
+_FRAME = {
+    "type": "object",
+    "additionalProperties": {"type": "array"},
+    "description": "Columns of equal length: join keys, features, event and created timestamps. "
+    "A timestamp without a time zone is UTC.",
+}
+_WRITTEN = {"404": _PROBLEM, "422": _PROBLEM, "503": _UNAVAILABLE}
+
+PUSH: dict[str, Any] = {
+    "operationId": "push",
+    "summary": "Push feature rows",
+    "description": "Feast's own feature-server API. Every row is checked before any is written; a row that "
+    "is older than the stored one is not written.",
+    "tags": ["features"],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["push_source_name", "df"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "push_source_name": {"type": "string"},
+                        "df": _FRAME,
+                        "to": {"enum": ["online", "offline", "online_and_offline"], "default": "online"},
+                        "allow_registry_cache": {"type": "boolean", "default": True},
+                        "transform_on_write": {"type": "boolean", "default": True},
+                    },
+                },
+                "examples": {
+                    "online": {
+                        "summary": "To the online store",
+                        "value": {
+                            "push_source_name": "user_activity_push",
+                            "df": {
+                                "user_id": [1],
+                                "basket_amount": [42.5],
+                                "basket_products": [12],
+                                "basket_coupon_used": [False],
+                                "baskets_total": [57],
+                                "days_between_baskets": [6.2],
+                                "first_basket_at": [1735732800],
+                                "last_basket_at": [1769860800],
+                                "activity_score": [1.9],
+                                "event_timestamp": ["2026-01-31T12:00:00Z"],
+                                "created": ["2026-01-31T12:00:05Z"],
+                            },
+                        },
+                    }
+                },
+            }
+        },
+    },
+    "responses": {"200": {"description": "Every row can be read; the body is empty."}, **_WRITTEN},
+}
+
+WRITE_ONLINE: dict[str, Any] = {
+    "operationId": "write_to_online_store",
+    "summary": "Write rows of one view online",
+    "description": "What Feast's remote online store calls for `push` and `write_to_online_store`.",
+    "tags": ["features"],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["feature_view_name", "df"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "feature_view_name": {"type": "string"},
+                        "df": _FRAME,
+                        "allow_registry_cache": {"type": "boolean", "default": True},
+                        "transform_on_write": {"type": "boolean", "default": True},
+                    },
+                }
+            }
+        },
+    },
+    "responses": {"200": {"description": "Every row can be read; the body is `null`."}, **_WRITTEN},
+}

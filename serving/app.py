@@ -28,6 +28,7 @@ from serving.features import OnlineFeaturesEndpoint
 from serving.metrics import RequestMetrics
 from serving.predictions import PredictEndpoint
 from serving.problems import CONTENT_TYPE, MethodNotAllowed, RouteNotFound, problem
+from serving.push import FeatureWriter, PushEndpoint, WriteOnlineEndpoint
 
 log = logging.getLogger("banquet.serving")
 
@@ -56,6 +57,7 @@ def create_app(
     access = AccessPolicy([key.strip() for key in settings.api_keys.split(",") if key.strip()])
     gateway = Gateway(max_body_bytes=settings.max_body_bytes, access=access, metrics=metrics)
     catalog = Catalog(repository, registry, connection, settings, metrics)
+    writer = FeatureWriter(repository, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,6 +71,7 @@ def create_app(
             yield
         finally:
             await catalog.stop()
+            await writer.close()
             await connection.close()
 
     app = FastAPI(
@@ -80,6 +83,8 @@ def create_app(
     )
     predict = PredictEndpoint(catalog)
     features = OnlineFeaturesEndpoint(catalog)
+    push = PushEndpoint(catalog, writer)
+    write_online = WriteOnlineEndpoint(catalog, writer)
 
     def route(path: str, make: Callable[..., Endpoint], docs: dict[str, Any]) -> None:
         async def answer(request: Request) -> Response:
@@ -90,6 +95,8 @@ def create_app(
     route("/predict", lambda: predict, api_docs.PREDICT)
     route("/models/{name}/predict", lambda name: PredictEndpoint(catalog, name), api_docs.PREDICT_WITH)
     route("/get-online-features", lambda: features, api_docs.ONLINE_FEATURES)
+    route("/push", lambda: push, api_docs.PUSH)
+    route("/write-to-online-store", lambda: write_online, api_docs.WRITE_ONLINE)
 
     @app.get("/livez", tags=["operations"], summary="Whether the process answers")
     async def livez() -> dict[str, str]:

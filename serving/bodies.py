@@ -45,9 +45,9 @@ def check_fields(body: Mapping[str, Any], known: tuple[str, ...]) -> None:
             )
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """The boolean field ``name``, False where it is absent."""
-    value = body.get(name, False)
+def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """The boolean field ``name``, ``default`` where it is absent."""
+    value = body.get(name, default)
     if type(value) is not bool:
         raise InvalidRequest(f"`{name}` must be true or false.", field=name)
     return value

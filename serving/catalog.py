@@ -52,6 +52,7 @@ class Catalog:
         self._refused: dict[tuple[str, int], BanquetError] = {}
         self._failure: BanquetError | None = None
         self._task: asyncio.Task[None] | None = None
+        self._refreshing = asyncio.Lock()
 
     async def start(self) -> None:
         """Load what is there; what is not there yet is looked for again in the background."""
@@ -156,7 +157,17 @@ class Catalog:
             await asyncio.sleep(self._settings.registry_refresh_s)
             await self._refresh()
 
+    async def refresh_definitions(self) -> None:
+        """Look for changed definitions now; a failure keeps the old ones, is logged and counted."""
+        async with self._refreshing:
+            await self._try_definitions()
+
     async def _refresh(self) -> None:
+        async with self._refreshing:
+            await self._try_definitions()
+            await self._try_models()
+
+    async def _try_definitions(self) -> None:
         try:
             await self._refresh_definitions()
             self._failure = None
@@ -167,6 +178,8 @@ class Catalog:
                 "definitions", InvalidRepository(f"The registry cannot be read ({type(exc).__name__}).")
             )
             log.exception("refresh of the definitions failed")
+
+    async def _try_models(self) -> None:
         if self._definitions is not None:
             try:
                 await self._refresh_models()

@@ -31,6 +31,12 @@ class RequestMetrics:
             ["feature", "status"],
             registry=self.registry,
         )
+        self._pushed = Counter(
+            "banquet_pushed_rows",
+            "Rows pushed online; an older one is not written.",
+            ["view", "outcome"],
+            registry=self.registry,
+        )
         self._refresh_failures = Counter(
             "banquet_refresh_failures",
             "Failed refreshes; the old state stays.",
@@ -66,6 +72,11 @@ class RequestMetrics:
         if child is None:
             child = self._status_children[feature, status] = self._statuses.labels(feature, status)
         child.inc(values)
+
+    def pushed(self, view: str, written: int, older: int) -> None:
+        """Count pushed rows: those written, and those that Redis had a newer one for."""
+        self._pushed.labels(view, "written").inc(written)
+        self._pushed.labels(view, "older").inc(older)
 
     def refresh_failed(self, what: str) -> None:
         """Count a background refresh that failed."""

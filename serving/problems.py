@@ -53,6 +53,7 @@ STATUS: dict[type[errors.BanquetError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.OnDemandFailed: 422,
+    errors.InvalidFeatureValue: 422,
     errors.Unavailable: 503,
     errors.BanquetError: 500,
 }

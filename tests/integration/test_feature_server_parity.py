@@ -189,16 +189,11 @@ def test_a_server_without_a_model_is_ready_to_serve_features(ours: httpx.Client)
 
 def test_every_feature_type_has_the_json_of_stock(valkey: Any, tmp_path: Path) -> None:
     """Values of item 3 are at the edges of their types, those of item 2 are null."""
-    from core.repository import FeastRepository
-    from materialization import apply
-
-    path = every_type.write(tmp_path / "every", valkey.connection_string)
-    repository = FeastRepository.open(path)
-    apply.apply(repository, apply.plan(repository))
+    repository = every_type.applied(tmp_path, valkey.connection_string)
     every_type.store_rows(repository)
     names = [dtype.name.lower() for dtype in every_type.VALUES]
     body = {"features": [f"every:{name}" for name in names], "entities": {"item_id": [1, 2, 3, UNKNOWN]}}
-    with feast_serve(path) as stock, banquet(path) as ours:
+    with feast_serve(tmp_path) as stock, banquet(tmp_path) as ours:
         theirs, found = by_name(ask(stock, body)), by_name(ask(ours, body))
     assert list(found) == ["item_id", *names]
     for name in names:

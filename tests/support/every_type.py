@@ -1,7 +1,8 @@
-"""A Feast repository with one view that has a feature of every type, and rows for it.
+"""A Feast repository with a view that has a feature of every type, and rows for it; and views for pushes.
 
-Item 1 has ordinary values, item 2 nothing but nulls, item 3 the values at the edges of the types. The view
-takes pushes (``every_push``).
+In ``every``, item 1 has ordinary values, item 2 nothing but nulls, item 3 the values at the edges of the
+types. ``graded`` and ``counted`` are both fed by ``shelf_push``: ``graded`` has two join keys, expectations
+and a source with column names of its own, ``counted`` is plain.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ online_store:
   type: redis
   connection_string: "{connection_string}"
 offline_store:
-  type: core.offline.BanquetOfflineStore
+  type: {offline}
 entity_key_serialization_version: 3
 """
 
 _DEFINITIONS = """\
 from feast import Entity, FeatureView, Field, FileSource, PushSource, ValueType
-from feast.types import Array, Int64, Set, String, Struct, from_value_type
+from feast.types import Array, Float64, Int32, Int64, Set, String, Struct, from_value_type
 
 STRUCT = Struct({"a": Int64, "b": String})
 TYPES = {
@@ -56,6 +57,25 @@ every = FeatureView(
         Field(name=name.lower(), dtype=TYPES.get(ValueType[name]) or from_value_type(ValueType[name]))
         for name in NAMES
     ],
+)
+
+shelf = Entity(name="shelf", join_keys=["shelf_code"], value_type=ValueType.STRING)
+shelf_source = FileSource(
+    name="shelf", path="shelf.parquet", timestamp_field="seen_at", field_mapping={"points": "score"}
+)
+shelf_push = PushSource(name="shelf_push", batch_source=shelf_source)
+graded = FeatureView(
+    name="graded", entities=[item, shelf], ttl=None, source=shelf_push,
+    schema=[
+        Field(name="item_id", dtype=Int64),
+        Field(name="shelf_code", dtype=String),
+        Field(name="score", dtype=Float64, tags={"min": "0", "max": "10", "nullable": "false"}),
+        Field(name="grade", dtype=String, tags={"categories": '["a", "b"]'}),
+    ],
+)
+counted = FeatureView(
+    name="counted", entities=[item], ttl=None, source=shelf_push,
+    schema=[Field(name="item_id", dtype=Int64), Field(name="count", dtype=Int32)],
 )
 """
 
@@ -115,14 +135,39 @@ VALUES: dict[Dtype, tuple[Any, Any]] = {
 }
 
 
-def write(path: Path, connection_string: str, *, project: str = "every") -> Path:
-    """Write the repository below ``path``; returns ``path``."""
+def applied(
+    path: Path,
+    connection_string: str,
+    *,
+    project: str = "every",
+    offline: str = "core.offline.BanquetOfflineStore",
+) -> FeastRepository:
+    """Write the repository below ``path`` and apply it."""
+    import pandas as pd
+
+    from core.repository import FeastRepository
+    from materialization import apply
+
     path.mkdir(parents=True, exist_ok=True)
-    settings = _STORE.format(project=project, connection_string=connection_string)
+    settings = _STORE.format(project=project, connection_string=connection_string, offline=offline)
     (path / "feature_store.yaml").write_text(settings)
     names = [dtype.name for dtype in VALUES]
-    (path / "every_type_definitions.py").write_text(_DEFINITIONS.replace("@names@", repr(names)))
-    return path
+    # A module that Feast has imported under this name for another repository would be taken for it.
+    (path / f"{project}_definitions.py").write_text(_DEFINITIONS.replace("@names@", repr(names)))
+    shelf = pd.DataFrame(
+        {
+            "item_id": [1],
+            "shelf_code": ["low"],
+            "points": [1.5],
+            "grade": ["a"],
+            "count": pd.array([3], dtype="Int32"),
+            "seen_at": [EVENT - timedelta(days=1)],
+        }
+    )
+    shelf.to_parquet(path / "shelf.parquet", coerce_timestamps="us")
+    repository = FeastRepository.open(path)
+    apply.apply(repository, apply.plan(repository))
+    return repository
 
 
 def store_rows(repository: FeastRepository) -> None:

@@ -1,0 +1,284 @@
+"""``POST /push`` and ``POST /write-to-online-store``: feature rows in, as Feast's feature server takes them.
+
+Every row is checked before any is written. Online rows go through ``core.write`` (newer wins), offline rows
+through Feast's offline store; both block, so they run in threads of their own, and no more wait for one than
+there is room for. Feast is imported at the first push to the offline store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+from core.errors import InvalidRequest, InvalidRow, InvalidSource, Overloaded, PushSourceNotFound
+from core.feature_rows import CheckedRows, check_rows
+from core.repository import FeastRepository, View
+from core.write import OnlineWriter, WriteResult, encode_rows
+from serving import bodies
+from serving.catalog import Catalog
+from serving.metrics import RequestMetrics
+
+_ONLINE, _OFFLINE, _BOTH = "online", "offline", "online_and_offline"
+_THREADS = 2
+_MAX_WAITING = 64
+
+
+class FeatureWriter:
+    """Writes checked rows of one repository, online and offline, in threads."""
+
+    def __init__(self, repository: FeastRepository, metrics: RequestMetrics) -> None:
+        self._repository = repository
+        self._metrics = metrics
+        self._online = ThreadPoolExecutor(_THREADS, "banquet-push")
+        # One thread: Feast's file store reads a whole file and writes it anew.
+        self._offline = ThreadPoolExecutor(1, "banquet-push-offline")
+        self._waiting = 0
+
+    async def write(
+        self,
+        views: Sequence[View],
+        df: dict[str, Any],
+        *,
+        online: bool,
+        offline: bool,
+        wire_names: bool = False,
+    ) -> None:
+        """Check ``df`` against every view, then write it; returns when every row can be read.
+
+        Raises:
+            InvalidRow: a row is not valid; nothing was written.
+            RedisUnavailable: Redis did not answer; sending the same rows again is safe.
+            Overloaded: too many writes are waiting.
+        """
+
+        def work() -> None:
+            now = datetime.now(tz=UTC)
+            checked = [check_rows(view, df, now=now, wire_names=wire_names) for view in views]
+            frame = _offline_frame(checked, df) if offline else None
+            targets = self._offline_targets(checked, list(frame)) if frame is not None else []
+            if online:
+                for rows in checked:
+                    result = self._write_online(rows)
+                    self._metrics.pushed(rows.view.name, result.written, result.older)
+            for target in targets:
+                if checked[0].rows:
+                    self._write_offline(target, frame)
+
+        if self._waiting >= _MAX_WAITING:
+            raise Overloaded("Too many pushes are waiting.", hint="Push fewer, larger batches.")
+        self._waiting += 1
+        try:
+            pool = self._offline if offline else self._online
+            await asyncio.get_running_loop().run_in_executor(pool, work)
+        finally:
+            self._waiting -= 1
+
+    async def close(self) -> None:
+        """Let the writes under way end and drop the connections."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._online.shutdown(cancel_futures=True)
+        self._offline.shutdown(cancel_futures=True)
+        if "_writer" in self.__dict__:
+            self._writer.close()
+
+    @cached_property
+    def _writer(self) -> OnlineWriter:
+        ttl = self._repository.config["online_store"].get("key_ttl_seconds")
+        return OnlineWriter(self._repository.redis, self._repository.project, key_ttl_seconds=ttl)
+
+    def _write_online(self, rows: CheckedRows) -> WriteResult:
+        if rows.rows == 0:
+            return WriteResult()
+        encoded = encode_rows(self._repository.project, rows.view, rows.columns, rows.event_ns)
+        return self._writer.write(rows.view.stored_name, encoded, created_ns=rows.created_ns)
+
+    def _offline_targets(self, checked: Sequence[CheckedRows], columns: Sequence[str]) -> list[str]:
+        """One view per batch source: views that share one must not append the rows twice.
+
+        Raises:
+            InvalidRow: the columns are not those of a batch source.
+        """
+        store = self._repository.store()
+        targets: list[tuple[str, Any]] = []
+        for rows in checked:
+            name = rows.view.name
+            source = store.registry.get_any_feature_view(name, store.project, allow_cache=False).batch_source
+            described = store._get_provider().get_table_column_names_and_types_from_data_source(
+                store.config, source
+            )
+            _require_columns(name, {column for column, _ in described}, set(columns))
+            if all(source != known for _, known in targets):
+                targets.append((name, source))
+        return [name for name, _ in targets]
+
+    def _write_offline(self, view: str, frame: Any) -> None:
+        import pyarrow as pa
+
+        try:
+            self._repository.store().write_to_offline_store(view, frame, allow_registry_cache=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, InvalidSource) as exc:
+            raise InvalidRow(
+                f"The rows do not convert to the types of the batch source of view {view!r}.",
+                hint="Compare the values of the columns that the view does not declare with the source.",
+                field="df",
+                view=view,
+            ) from exc
+        except NotImplementedError as exc:
+            raise InvalidRequest(
+                "The offline store of this repository takes no pushes.",
+                hint='Push to "online" and write the batch source upstream.',
+                field="to",
+            ) from exc
+
+
+class PushEndpoint:
+    """Pushes rows to every view that a push source feeds."""
+
+    def __init__(self, catalog: Catalog, writer: FeatureWriter) -> None:
+        self._catalog = catalog
+        self._writer = writer
+
+    async def __call__(self, body: bytes, request_id: str) -> bytes:  # noqa: ARG002 — the signature of endpoints
+        request = bodies.parse(body)
+        bodies.check_fields(
+            request, ("push_source_name", "df", "to", "allow_registry_cache", "transform_on_write")
+        )
+        source, df = _name(request, "push_source_name"), _frame(request)
+        to = request.get("to", _ONLINE)
+        if to not in (_ONLINE, _OFFLINE, _BOTH):
+            raise InvalidRequest(
+                "`to` is none of online, offline and online_and_offline.",
+                hint='Leave it out to push to "online".',
+                field="to",
+            )
+        await _refresh_if_asked(request, self._catalog)
+        views = self._views(source)
+        await self._writer.write(views, df, online=to != _OFFLINE, offline=to != _ONLINE)
+        return b""
+
+    def _views(self, source: str) -> list[View]:
+        fed = [view for view in self._catalog.definitions.views.values() if view.source and view.source.push]
+        views = [view for view in fed if view.source and view.source.push == source]
+        if not views:
+            known = ", ".join(sorted({view.source.push for view in fed if view.source and view.source.push}))
+            raise PushSourceNotFound(
+                f"No feature view takes pushes from {source!r}.",
+                hint=f"Push sources: {known or 'none'}.",
+                field="push_source_name",
+            )
+        return views
+
+
+class WriteOnlineEndpoint:
+    """Writes rows of one view, as Feast's remote online store sends them.
+
+    It has transformed them already; features are written as they come.
+    """
+
+    def __init__(self, catalog: Catalog, writer: FeatureWriter) -> None:
+        self._catalog = catalog
+        self._writer = writer
+
+    async def __call__(self, body: bytes, request_id: str) -> bytes:  # noqa: ARG002 — the signature of endpoints
+        request = bodies.parse(body)
+        bodies.check_fields(
+            request, ("feature_view_name", "df", "allow_registry_cache", "transform_on_write")
+        )
+        name, df = _name(request, "feature_view_name"), _frame(request)
+        await _refresh_if_asked(request, self._catalog)
+        view = self._catalog.definitions.view(name)
+        if not isinstance(view, View):
+            raise InvalidRequest(
+                f"{name!r} is computed at request time and has no rows.",
+                hint="Write to the views it is computed from.",
+                field="feature_view_name",
+            )
+        await self._writer.write([view], df, online=True, offline=False, wire_names=True)
+        return b"null"
+
+
+async def _refresh_if_asked(request: dict[str, Any], catalog: Catalog) -> None:
+    cached = bodies.flag(request, "allow_registry_cache", default=True)
+    bodies.flag(request, "transform_on_write", default=True)
+    if not cached:
+        await catalog.refresh_definitions()
+
+
+def _name(request: dict[str, Any], field: str) -> str:
+    value = request.get(field)
+    if type(value) is not str or not value:
+        raise InvalidRequest(f"`{field}` is missing or not a name.", field=field)
+    return value
+
+
+def _frame(request: dict[str, Any]) -> dict[str, Any]:
+    df = request.get("df")
+    if not isinstance(df, dict):
+        raise InvalidRequest(
+            "`df` must be an object of columns.",
+            hint='For example {"user_id": [1], "clicks": [3], "event_timestamp": ["2026-01-31T12:00:00Z"]}.',
+            field="df",
+        )
+    return df
+
+
+def _offline_frame(checked: Sequence[CheckedRows], df: dict[str, Any]) -> Any:
+    """The rows as a DataFrame with the columns as they were sent, typed where a view types them.
+
+    Raises:
+        InvalidRow: a column is no list, or of another length.
+    """
+    import pandas as pd
+
+    for name, column in df.items():
+        if not isinstance(column, list) or len(column) != checked[0].rows:
+            raise InvalidRow(
+                f"Column `{name}` is not a list of {checked[0].rows} values.",
+                hint="Send as many values in every column.",
+                field=name,
+            )
+    columns = dict(df)
+    for rows in checked:
+        for name, values in rows.columns.items():
+            columns[rows.names[name]] = [_stored_offline(value) for value in values]
+        source = rows.view.source
+        times = {} if source is None else {source.timestamp: rows.event_ns}
+        if source is not None and source.created is not None and rows.created_ns is not None:
+            times[source.created] = rows.created_ns
+        for name, nanoseconds in times.items():
+            stamps = pd.Series(nanoseconds, dtype="int64")
+            columns[rows.names.get(name, name)] = pd.to_datetime(stamps, unit="ns", utc=True).dt.as_unit("us")
+    # Objects keep integers beside nulls, which numpy would make floats of.
+    return pd.DataFrame(
+        {
+            name: pd.Series(column, dtype="object") if isinstance(column, list) else column
+            for name, column in columns.items()
+        }
+    )
+
+
+def _require_columns(view: str, wanted: set[str], given: set[str]) -> None:
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    if missing or extra:
+        raise InvalidRow(
+            f"The columns are not those of the batch source of view {view!r}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(extra)}" if extra else "")
+            + ".",
+            hint="A push to the offline store appends rows to the source, so it has to bring its columns.",
+            field=(missing or extra)[0],
+            view=view,
+        )
+
+
+def _stored_offline(value: Any) -> Any:
+    """A value as a batch source can hold it: no sets, no UUIDs."""
+    if isinstance(value, list | set):
+        return [_stored_offline(element) for element in value]
+    return str(value) if type(value).__name__ == "UUID" else value
