@@ -116,7 +116,7 @@ class LoadedModel:
         content = registry.artifact(manifest, manifest.compiled.artifact)
         compiled = manifest.compiled.form == "onnx"
         model = cls(manifest, OnnxRunner(content) if compiled else SklearnRunner.load(content))
-        model._check_golden()
+        model.check_golden()
         return model
 
     def matrix(self, values: Mapping[str, Sequence[Any]], rows: int) -> Matrix:
@@ -151,8 +151,8 @@ class LoadedModel:
         confidences = scores[np.arange(len(scores)), chosen]
         return Predictions([classes[i] for i in chosen.tolist()], confidences.tolist(), scores)
 
-    def _check_golden(self) -> None:
-        """Predict the recorded rows, which also warms the runner up."""
+    def check_golden(self) -> None:
+        """Predict the recorded rows, which also warms the runner up; raises GoldenMismatch."""
         golden = self.manifest.golden
         if not golden:
             return
@@ -193,6 +193,8 @@ def _check_schema(manifest: ModelManifest, serves: ServiceSchema) -> None:
             problems.append(f"the ttl of {feature} was {before:g} s and is {after:g} s")
     if not problems and list(was) != list(now):
         problems.append("the order of the features changed")
+    if trained.service != serves.service:
+        problems.append(f"the feature service is {serves.service}")
     if trained.join_keys != serves.join_keys:
         problems.append("the join keys changed")
     if trained.request_inputs != serves.request_inputs:
