@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from core.errors import Conflict, RedisUnavailable
+from core.errors import Conflict, RedisAccessDenied, RedisUnavailable
 from core.redis import RedisAddress
 from core.redis_connection import open_connection
 from core.redis_link import lacks_permission
@@ -65,16 +65,16 @@ def probe(address: RedisAddress) -> str | None:
     ``RedisAccessDenied`` when it takes neither the password nor its absence, and ``RedisUnavailable``
     when a remote one does not answer or a local one hangs.
     """
-    if address.is_local and not _somebody_listens(address):
-        return None
     deadline = time.monotonic() + LOAD_TIMEOUT_SECONDS
-    while True:
+    while _may_answer(address):
         try:
             return asyncio.run(_version(address))
         except RedisUnavailable as exc:
-            if "LOADING" not in exc.message or time.monotonic() > deadline:
+            loading = "LOADING" in exc.message and time.monotonic() < deadline
+            if not loading and _may_answer(address):
                 raise
         time.sleep(0.1)
+    return None
 
 
 async def _version(address: RedisAddress) -> str:
@@ -94,7 +94,10 @@ async def _version(address: RedisAddress) -> str:
     return f"redis {facts.get('redis_version', 'of an unknown version')}"
 
 
-def _somebody_listens(address: RedisAddress) -> bool:
+def _may_answer(address: RedisAddress) -> bool:
+    """Whether somebody listens at a local address; of any other only asking can tell."""
+    if not address.is_local:
+        return True
     for family, kind, protocol, _, place in socket.getaddrinfo(
         address.host, address.port, type=socket.SOCK_STREAM
     ):
@@ -251,8 +254,13 @@ class EmbeddedRedis:
                     f"The embedded Redis did not start: {said[-1] if said else 'it said nothing'}.",
                     hint=f"Its log is {self.log}.",
                 )
-            if version := probe(self.address):
-                return version
+            try:
+                if version := probe(self.address):
+                    return version
+            except RedisAccessDenied:
+                raise
+            except RedisUnavailable:
+                pass  # it may listen for a moment and then fail to load its data
             time.sleep(0.02)
 
     def _settings(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import socket
@@ -426,25 +427,27 @@ def test_killed_and_restarted_under_load_it_gives_no_wrong_value_and_recovers_wi
 
 
 def test_a_read_of_100000_keys_leaves_the_loop_to_others(server: Valkey) -> None:
+    """Pauses are counted in processor time, which a busy machine does not stretch."""
+
     async def scenario() -> None:
         async with connected(server.address(), timeout_seconds=5) as connection:
             fields = HashFields(FIELDS)
             keys = KEYS * 34
             pauses: list[float] = []
-            waits: list[float] = []
+            small_reads = 0
             done = asyncio.Event()
 
             async def heartbeat() -> None:
                 while not done.is_set():
-                    started = time.monotonic()
+                    started = time.thread_time()
                     await asyncio.sleep(0.001)
-                    pauses.append(time.monotonic() - started)
+                    pauses.append(time.thread_time() - started)
 
             async def small() -> None:
+                nonlocal small_reads
                 while not done.is_set():
-                    started = time.monotonic()
                     assert await connection.read_hashes([(fields, KEYS[:1])]) == [[values(KEYS[0])]]
-                    waits.append(time.monotonic() - started)
+                    small_reads += 1
 
             others = [asyncio.create_task(heartbeat()), asyncio.create_task(small())]
             (hashes,) = await connection.read_hashes([(fields, keys)])
@@ -452,11 +455,16 @@ def test_a_read_of_100000_keys_leaves_the_loop_to_others(server: Valkey) -> None
             await asyncio.gather(*others)
             assert len(hashes) == len(keys) > 100_000
             assert hashes[:: len(KEYS)] == [values(KEYS[0])] * 34
-            assert sorted(pauses)[len(pauses) // 2] < 0.05
-            assert max(pauses) < 0.25
-            assert len(waits) > 10
+            assert sorted(pauses)[len(pauses) // 2] < 0.02
+            assert max(pauses) < 0.15
+            assert small_reads > 10
 
-    run(scenario())
+    gc.collect()
+    gc.freeze()  # what other tests left on the heap is not the connection's to carry
+    try:
+        run(scenario())
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("kind", ["standalone", "sentinel", "cluster"])

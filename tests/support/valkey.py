@@ -85,6 +85,11 @@ class Valkey:
         return self._process.pid
 
     @property
+    def bus_port(self) -> int:
+        """Where a cluster node talks to the others."""
+        return int(next(line for line in self.settings if line.startswith("cluster-port ")).split()[1])
+
+    @property
     def log(self) -> str:
         return (self.directory / "log").read_text(errors="replace")
 
@@ -242,7 +247,10 @@ class Cluster:
     def __init__(self, directory: Path, masters: int = 3, replicas: int = 0) -> None:
         settings = ("cluster-enabled yes", "cluster-node-timeout 500", "cluster-replica-validity-factor 0")
         quick = ("repl-diskless-sync-delay 0", "cluster-require-full-coverage no")
-        self.nodes = [Valkey(directory, *settings, *quick) for _ in range(masters * (1 + replicas))]
+        self.nodes = [
+            Valkey(directory, *settings, *quick, f"cluster-port {free_port()}")
+            for _ in range(masters * (1 + replicas))
+        ]
         self.masters = self.nodes[:masters]
         self.replicas = self.nodes[masters:]
 
@@ -262,7 +270,7 @@ class Cluster:
         first = self.nodes[0]
         for node in self.nodes[1:]:
             with node.client() as client:
-                client.execute_command("CLUSTER", "MEET", "127.0.0.1", first.port)
+                client.execute_command("CLUSTER", "MEET", "127.0.0.1", first.port, first.bus_port)
         edges = [16384 * index // len(self.masters) for index in range(len(self.masters) + 1)]
         for node, begin, end in zip(self.masters, edges, edges[1:], strict=False):
             with node.client() as client:
