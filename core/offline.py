@@ -2,37 +2,61 @@
 
     offline_store: {type: core.offline.BanquetOfflineStore, memory_limit: 2GB, threads: 2}
 
-Translates between Feast's interface and ``core.source`` and ``core.point_in_time``; knows no SQL of the
+Feast's interface in front of ``core.retrieval``, ``core.source`` and ``core.parquet``; knows no SQL of the
 join and no training dataset.
 """
 
 # ruff: noqa: S608  SQL is built from identifiers quoted by core.source.identifier and from numbers
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
-import duckdb
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
 from feast import FeatureView, OnDemandFeatureView, RepoConfig
+from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
+from feast.errors import SavedDatasetLocationAlreadyExists
+from feast.feature_logging import LoggingConfig, LoggingSource
 from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
+from feast.infra.offline_stores.file_source import FileLoggingDestination, FileSource
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.repo_config import FeastConfigBaseModel
-from feast.utils import _get_requested_feature_views_to_features_dict
+from feast.saved_dataset import SavedDatasetStorage
+from feast.utils import _get_requested_feature_views_to_features_dict, compute_non_entity_date_range
 
-from core.errors import EntityFrameError, InvalidSource
-from core.point_in_time import ViewJoin, epoch, point_in_time_join, within
-from core.source import Scan, connect, identifier, scan
-
-EVENT_TIMESTAMP = "event_timestamp"
+from core import parquet
+from core.errors import InvalidSource
+from core.point_in_time import epoch, point_in_time_join
+from core.retrieval import (
+    EPOCH,
+    EVENT_TIMESTAMP,
+    EntityRows,
+    check_columns,
+    join_keys,
+    keys_seen,
+    session,
+    view_join,
+    window,
+)
+from core.source import (
+    Scan,
+    delta,
+    delta_options,
+    file_system,
+    identifier,
+    literal,
+    resolve,
+    scan,
+)
 
 
 class BanquetOfflineStoreConfig(FeastConfigBaseModel):  # type: ignore[misc]  # Feast ships no types
@@ -54,20 +78,6 @@ class BanquetOfflineStoreConfig(FeastConfigBaseModel):  # type: ignore[misc]  # 
 
     staging_location_endpoint_override: str | None = None
     """The endpoint of an S3-compatible ``staging_location``."""
-
-
-@contextmanager
-def _duckdb(config: RepoConfig) -> Iterator[duckdb.DuckDBPyConnection]:
-    store = config.offline_store
-    with tempfile.TemporaryDirectory(prefix="banquet-", ignore_cleanup_errors=True) as scratch:
-        spill = (
-            Path(config.repo_path or ".") / store.temp_directory if store.temp_directory else Path(scratch)
-        )
-        con = connect(memory_limit=store.memory_limit, threads=store.threads, temp_directory=spill)
-        try:
-            yield con
-        finally:
-            con.close()
 
 
 class BanquetRetrievalJob(RetrievalJob):  # type: ignore[misc]  # Feast ships no types
@@ -112,6 +122,38 @@ class BanquetRetrievalJob(RetrievalJob):  # type: ignore[misc]  # Feast ships no
     def metadata(self) -> RetrievalMetadata | None:
         return self._metadata
 
+    def persist(
+        self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None
+    ) -> None:
+        """Write the result where ``storage`` says: a .parquet file, a folder, or a Delta table."""
+        source = storage.to_data_source()
+        location = _location(source, self._config)
+        system, path = file_system(location, source.s3_endpoint_override, source.resolve_credentials())
+        if not allow_overwrite and system.exists(path):
+            raise SavedDatasetLocationAlreadyExists(location=location)
+        table = self.to_arrow(timeout=timeout)
+        if isinstance(source.file_format, DeltaFormat):
+            options = delta_options(source)
+            delta(location).write_deltalake(location, table, mode="overwrite", storage_options=options)
+        else:
+            parquet.write_table(system, path, table)
+
+    def supports_remote_storage_export(self) -> bool:
+        return self._config.offline_store.staging_location is not None
+
+    def to_remote_storage(self) -> list[str]:
+        """Write the result as Parquet files to a new folder of ``staging_location``; return their URLs."""
+        store = self._config.offline_store
+        if store.staging_location is None:
+            raise InvalidSource(
+                "offline_store has no staging_location.",
+                hint="Set it in feature_store.yaml: a folder or a URL.",
+            )
+        location = resolve(f"{store.staging_location.rstrip('/')}/{uuid.uuid4()}", self._config.repo_path)
+        system, path = file_system(location, store.staging_location_endpoint_override)
+        files = parquet.add_files(system, path, self.to_arrow())
+        return [location + file[len(path) :] for file in files]
+
 
 class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no types
     """Feast's offline-store interface for ``FileSource``, on DuckDB."""
@@ -133,31 +175,49 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
     ) -> RetrievalJob:
         """Exactly the entity rows in their order, payload untouched, beside the features as of each.
 
-        ``entity_df`` is a DataFrame, an Arrow table, or SQL for DuckDB. The time column is
-        ``event_timestamp``, or the only one of a time type.
+        ``entity_df`` is a DataFrame, an Arrow table, or SQL for DuckDB, whose relative paths are taken from
+        the repository. The time column is ``event_timestamp``, or the only one of a time type.
+
+        Without ``entity_df``, the entity rows are the keys that any of the views has a row for between
+        ``start_date`` and ``end_date``, in order of the keys, each as of ``end_date`` (as Feast's file,
+        BigQuery and Spark stores have it); the defaults are Feast's.
+
+        Running the job raises EntityFrameError for entity rows that cannot be joined, InvalidSource for a
+        source that cannot be read.
         """
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
         requested, _ = _get_requested_feature_views_to_features_dict(feature_refs, feature_views, on_demand)
-        entities = _Entities(config, entity_df)
+        entities = None if entity_df is None else EntityRows(config, entity_df)
+        if entities is None:
+            start, end = compute_non_entity_date_range(
+                feature_views, start_date=start_date, end_date=end_date
+            )
 
         def evaluate() -> pa.Table:
-            table, timestamp = entities.table, entities.timestamp
-            with _duckdb(config) as con:
+            with session(config) as con:
                 views = [
-                    _view_join(con, config, view, features, full_feature_names)
+                    view_join(con, config, view, features, full_feature_names)
                     for view, features in requested.items()
                 ]
-                _refuse_collisions(table, views, on_demand, full_feature_names)
+                table = entities.table if entities else keys_seen(con, views, start, end)
+                check_columns(table, views, on_demand, full_feature_names)
                 joined = point_in_time_join(
-                    con, table, timestamp, views, known_by_then=filter_by_created_timestamp
+                    con,
+                    table,
+                    entities.timestamp if entities else EVENT_TIMESTAMP,
+                    views,
+                    known_by_then=filter_by_created_timestamp,
                 )
             for name in joined.features.column_names:
                 table = table.append_column(name, joined.features[name])
             return table
 
         def metadata() -> RetrievalMetadata:
-            keys = [name for name in entities.table.column_names if name != entities.timestamp]
-            return RetrievalMetadata(feature_refs, keys, *entities.range)
+            if entities is None:
+                keys = dict.fromkeys(key for view in feature_views for key in join_keys(view).values())
+                return RetrievalMetadata(feature_refs, list(keys), start, end)
+            others = [name for name in entities.table.column_names if name != entities.timestamp]
+            return RetrievalMetadata(feature_refs, others, *entities.range)
 
         return BanquetRetrievalJob(
             config,
@@ -181,7 +241,7 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
         """The newest row per key in the window, both ends included. Names are the source's own."""
 
         def evaluate() -> pa.Table:
-            with _duckdb(config) as con:
+            with session(config) as con:
                 table = scan(con, data_source, config.repo_path)
                 columns = _pulled_columns(
                     table, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column
@@ -195,7 +255,7 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
                 over = f"{f'PARTITION BY {keys} ' if keys else ''}ORDER BY {', '.join(newest)}"
                 return con.sql(
                     f"SELECT {columns} FROM {table.table} "
-                    f"WHERE {_window(table, timestamp_field, start_date, end_date)} "
+                    f"WHERE {window(table, timestamp_field, start_date, end_date)} "
                     f"QUALIFY row_number() OVER ({over}) = 1"
                 ).to_arrow_table()
 
@@ -215,133 +275,127 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
         """Every row in the window, both ends included. Names are the source's own."""
 
         def evaluate() -> pa.Table:
-            with _duckdb(config) as con:
+            with session(config) as con:
                 table = scan(con, data_source, config.repo_path)
                 columns = _pulled_columns(
                     table, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column
                 )
                 return con.sql(
                     f"SELECT {columns} FROM {table.table} "
-                    f"WHERE {_window(table, timestamp_field, start_date, end_date)}"
+                    f"WHERE {window(table, timestamp_field, start_date, end_date)}"
                 ).to_arrow_table()
 
         return BanquetRetrievalJob(config, evaluate)
 
+    @staticmethod
+    def offline_write_batch(
+        config: RepoConfig,
+        feature_view: FeatureView,
+        table: pa.Table,
+        progress: Callable[[int], Any] | None,
+    ) -> None:
+        """Add rows to the view's batch source; readers see all of them or none.
 
-class _Entities:
-    """The entity rows as Arrow, and their time column."""
+        Columns may carry the source's names or the view's and stand in any order.
 
-    def __init__(self, config: RepoConfig, entity_df: pd.DataFrame | pa.Table | str | None) -> None:
-        self._config = config
-        self._given = entity_df
+        Raises:
+            InvalidSource: the source takes no rows, or these do not have its columns and types.
+        """
+        source = feature_view.batch_source
+        if not isinstance(source, FileSource):
+            raise InvalidSource(f"Feature view {feature_view.name!r} has no FileSource to write to.")
+        original = {mapped: name for name, mapped in (source.field_mapping or {}).items()}
+        table = table.rename_columns([original.get(name, name) for name in table.column_names])
+        location = _location(source, config)
+        if isinstance(source.file_format, DeltaFormat):
+            options = delta_options(source)
+            library = delta(location)
+            existing = library.DeltaTable(location, storage_options=options)
+            rows = parquet.conform(table, pa.schema(existing.schema().to_arrow()), location)
+            library.write_deltalake(existing, rows, mode="append")
+        else:
+            system, path = file_system(location, source.s3_endpoint_override, source.resolve_credentials())
+            parquet.append(system, path, table)
+        if progress:
+            progress(table.num_rows)
 
-    @cached_property
-    def _typed(self) -> tuple[pa.Table, str]:
-        table = self._read()
-        timestamp = _timestamp_column(table)
-        if pa.types.is_string(table.schema.field(timestamp).type):
-            parsed = pd.to_datetime(table[timestamp].to_pandas(), utc=True, format="ISO8601")
-            position = table.column_names.index(timestamp)
-            table = table.set_column(position, timestamp, pa.Array.from_pandas(parsed))
-        return table, timestamp
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,  # noqa: ARG004 — Feast's signature
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,  # noqa: ARG004 — Feast's signature
+    ) -> None:
+        """Add logged features to their destination, in Hive's layout where it has ``partition_by``."""
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            raise InvalidSource(
+                f"Feature logs cannot go to a {type(destination).__name__}.",
+                hint="Use a FileLoggingDestination.",
+            )
+        table = ds.dataset(data, format="parquet").to_table() if isinstance(data, Path) else data
+        location = resolve(destination.path, config.repo_path)
+        system, path = file_system(location, destination.s3_endpoint_override)
+        parquet.add_files(system, path, table, destination.partition_by or ())
 
-    def _read(self) -> pa.Table:
-        given = self._given
-        if isinstance(given, str):
-            with _duckdb(self._config) as con:
-                return con.sql(given).to_arrow_table()
-        if isinstance(given, pd.DataFrame):
-            try:
-                return pa.Table.from_pandas(given, preserve_index=False)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as exc:
-                raise EntityFrameError(
-                    f"The entity rows do not convert to Arrow: {exc}",
-                    hint="Give each column values of one type.",
-                ) from exc
-        if isinstance(given, pa.Table):
-            return given
-        raise EntityFrameError(
-            f"Entity rows cannot be a {type(given).__name__}.",
-            hint="Give a pandas DataFrame, an Arrow table or a SQL query.",
+    @staticmethod
+    def get_monitoring_max_timestamp(
+        config: RepoConfig, data_source: DataSource, timestamp_field: str
+    ) -> datetime | None:
+        """The newest event timestamp of a source, None where it has no rows."""
+        with session(config) as con:
+            table = scan(con, data_source, config.repo_path)
+            time = epoch(identifier(timestamp_field), table.columns[timestamp_field], "us")
+            newest = con.execute(f"SELECT max({time}) FROM {table.table}").fetchall()[0][0]
+        return None if newest is None else EPOCH + timedelta(microseconds=newest)
+
+    # Feast's monitoring keeps its tables as Parquet beside the repository; its own file store does the same.
+
+    @staticmethod
+    def ensure_monitoring_tables(config: RepoConfig) -> None:
+        _file_store().ensure_monitoring_tables(_as_file_store(config))
+
+    @staticmethod
+    def save_monitoring_metrics(config: RepoConfig, *args: Any, **kwargs: Any) -> None:
+        _file_store().save_monitoring_metrics(_as_file_store(config), *args, **kwargs)
+
+    @staticmethod
+    def query_monitoring_metrics(config: RepoConfig, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        metrics: list[dict[str, Any]] = _file_store().query_monitoring_metrics(
+            _as_file_store(config), *args, **kwargs
         )
+        return metrics
 
-    @property
-    def table(self) -> pa.Table:
-        return self._typed[0]
-
-    @property
-    def timestamp(self) -> str:
-        return self._typed[1]
-
-    @property
-    def range(self) -> tuple[datetime | None, datetime | None]:
-        """The first and last time, aware; None where there is none."""
-        times = pd.to_datetime(self.table[self.timestamp].to_pandas(), utc=True).dropna()
-        if times.empty:
-            return None, None
-        return times.min().to_pydatetime(warn=False), times.max().to_pydatetime(warn=False)
+    @staticmethod
+    def clear_monitoring_baseline(config: RepoConfig, *args: Any, **kwargs: Any) -> None:
+        _file_store().clear_monitoring_baseline(_as_file_store(config), *args, **kwargs)
 
 
-def _timestamp_column(table: pa.Table) -> str:
-    if EVENT_TIMESTAMP in table.column_names:
-        return EVENT_TIMESTAMP
-    times: list[str] = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
-    if len(times) == 1:
-        return times[0]
-    raise EntityFrameError(
-        f"The entity rows have no column {EVENT_TIMESTAMP!r} and {len(times)} columns of a time type.",
-        hint=f"Name the time of each row {EVENT_TIMESTAMP!r}.",
-    )
+def _file_store() -> Any:
+    from feast.infra.offline_stores.dask import DaskOfflineStore
+
+    return DaskOfflineStore
 
 
-def _view_join(
-    con: duckdb.DuckDBPyConnection,
-    config: RepoConfig,
-    view: FeatureView,
-    features: list[str],
-    full_feature_names: bool,
-) -> ViewJoin:
-    source = view.batch_source
-    if source is None:
-        raise InvalidSource(f"Feature view {view.name!r} has no batch source.", hint="Give it a FileSource.")
-    table = scan(con, source, config.repo_path)
-    prefix = f"{view.projection.name_alias or view.name}__" if full_feature_names else ""
-    mapping = source.field_mapping or {}
-    created = source.created_timestamp_column
-    return ViewJoin(
-        name=view.projection.name_to_use(),
-        scan=table,
-        keys={
-            view.projection.join_key_map.get(column.name, column.name): table.column(column.name, mapping)
-            for column in view.entity_columns
-            if column.name != DUMMY_ENTITY_ID
-        },
-        features={prefix + feature: table.column(feature, mapping) for feature in features},
-        timestamp=table.column(source.timestamp_field, mapping),
-        created=table.column(created, mapping) if created else None,
-        ttl=view.ttl or timedelta(0),
-    )
+def _as_file_store(config: RepoConfig) -> Any:
+    from feast.infra.offline_stores.dask import DaskOfflineStoreConfig
+
+    return SimpleNamespace(offline_store=DaskOfflineStoreConfig(), repo_path=config.repo_path)
 
 
-def _refuse_collisions(
-    table: pa.Table, views: list[ViewJoin], on_demand: list[OnDemandFeatureView], full_feature_names: bool
-) -> None:
-    names = [name for view in views for name in view.features]
-    for view in on_demand:
-        prefix = f"{view.projection.name_to_use()}__" if full_feature_names else ""
-        names += [prefix + feature.name for feature in view.projection.features]
-    taken = sorted(set(table.column_names) & set(names))
-    if taken:
-        raise EntityFrameError(
-            f"The entity rows have columns named like features: {', '.join(taken)}.",
-            hint="Rename them, or ask for full_feature_names=True.",
-        )
+def _location(source: DataSource, config: RepoConfig) -> str:
+    return resolve(source.path, config.repo_path)
 
 
 def _pulled_columns(
     table: Scan, keys: list[str], features: list[str], timestamp: str, created: str | None
 ) -> str:
-    """The select list of a pull; no features named means every column, as in Feast's other stores."""
+    """The select list of a pull, as Feast's file store has it.
+
+    Without features it is every column; without keys the constant that stands in for one is added, which
+    Feast's materialization needs.
+    """
     wanted = [*keys, *features, timestamp, *([created] if created else [])]
     for name in wanted:
         table.column(name, {})
@@ -349,18 +403,5 @@ def _pulled_columns(
         wanted = list(table.columns)
     columns = [identifier(name) for name in dict.fromkeys(wanted)]
     if not keys and DUMMY_ENTITY_ID not in table.columns:
-        columns.append(f"'{DUMMY_ENTITY_VAL}' AS {DUMMY_ENTITY_ID}")
+        columns.append(f"{literal(DUMMY_ENTITY_VAL)} AS {DUMMY_ENTITY_ID}")
     return ", ".join(columns)
-
-
-def _window(table: Scan, timestamp: str, start: datetime | None, end: datetime | None) -> str:
-    kind = table.columns[timestamp]
-    return within(identifier(timestamp), kind, _microseconds(start), _microseconds(end))
-
-
-def _microseconds(time: datetime | None) -> int | None:
-    """Since the epoch; a naive time is UTC."""
-    if time is None:
-        return None
-    aware = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-    return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)

@@ -7,6 +7,7 @@ Knows paths, file systems and formats; knows no join, no feature view and no off
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +22,7 @@ from core.errors import InvalidSource
 
 if TYPE_CHECKING:
     from feast.data_source import DataSource
+    from fsspec.spec import AbstractFileSystem
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -141,7 +143,7 @@ def local_files(location: str) -> list[str]:
     """The Parquet files that a path, a folder or a glob names, sorted.
 
     In a folder every file counts, at any depth, except where it or a folder above it starts with a dot or
-    an underscore: the rule of Arrow, Spark and Hive.
+    an underscore: the rule of Spark and Hive, which holds no partition's name (``_day=1``) against it.
     """
     path = Path(location)
     if path.is_file():
@@ -150,7 +152,7 @@ def local_files(location: str) -> list[str]:
         return sorted(
             str(file)
             for file in path.rglob("*")
-            if file.is_file() and not any(part[0] in "._" for part in file.relative_to(path).parts)
+            if file.is_file() and not any(map(_hidden, file.relative_to(path).parts))
         )
     if _WILDCARD.search(location):
         anchor = Path(path.anchor)
@@ -172,25 +174,121 @@ def _describe(con: duckdb.DuckDBPyConnection, table: str, location: str) -> dict
 
 
 def _scan_delta(con: duckdb.DuckDBPyConnection, source: Any, location: str) -> Scan:
+    options = delta_options(source)
+    name = f"delta_{uuid.uuid4().hex}"
     try:
-        deltalake = import_module("deltalake")
+        con.register(name, delta(location).DeltaTable(location, storage_options=options).to_pyarrow_dataset())
+    except InvalidSource:
+        raise
+    except Exception as exc:
+        # deltalake raises whatever its Rust side met.
+        raise InvalidSource(f"{location} cannot be read as a Delta table: {exc}") from exc
+    return Scan(name, _describe(con, name, location), (), location)
+
+
+def delta(location: str) -> Any:
+    """The package deltalake. Raises InvalidSource, with the way out, where it is not installed."""
+    try:
+        return import_module("deltalake")
     except ImportError as exc:
         raise InvalidSource(
             f"{location} is a Delta table, which needs the package deltalake.",
             hint="Install feast-banquet[delta].",
         ) from exc
+
+
+def delta_options(source: Any) -> dict[str, str] | None:
+    """deltalake's storage options for a FileSource."""
     options = {key: value for key, value in (source.resolve_credentials() or {}).items() if value}
     if source.s3_endpoint_override:
         options["AWS_ENDPOINT_URL"] = source.s3_endpoint_override
-    name = f"delta_{abs(hash(location))}"
+        if source.s3_endpoint_override.startswith("http://"):
+            options["AWS_ALLOW_HTTP"] = "true"
+    return options or None
+
+
+def file_system(
+    location: str, endpoint: str | None = None, credentials: Mapping[str, str] | None = None
+) -> tuple[AbstractFileSystem, str]:
+    """The file system of a local path or URL, and the path there.
+
+    S3, GCS and Azure go through Arrow, which brings them along; any other scheme goes through fsspec.
+    ``endpoint`` and ``credentials`` (Feast's AWS_* names) are for S3; without them AWS's own chain decides.
+
+    Raises:
+        InvalidSource: the scheme is unknown or its package is not installed.
+    """
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    scheme = urlsplit(location).scheme if "://" in location else ""
     try:
-        con.register(
-            name, deltalake.DeltaTable(location, storage_options=options or None).to_pyarrow_dataset()
-        )
-    except Exception as exc:
-        raise InvalidSource(f"{location} cannot be read as a Delta table: {exc}") from exc
-    return Scan(name, _describe(con, name, location), (), location)
+        if scheme in {"s3", "s3a"}:
+            from feast.infra.offline_stores.file_source import FileSource
+
+            system, _ = FileSource.create_filesystem_and_path(
+                location.replace("s3a://", "s3://", 1), endpoint or "", dict(credentials or {})
+            )
+            return ArrowFSWrapper(system), location.split("://", 1)[1]
+        if scheme in {"gs", "gcs", "abfs", "abfss"}:
+            from pyarrow.fs import FileSystem
+
+            system, path = FileSystem.from_uri(location)
+            return ArrowFSWrapper(system), path
+        system, path = url_to_fs(location, use_listings_cache=False)
+    except (ImportError, ValueError, OSError) as exc:
+        raise InvalidSource(f"{location} cannot be opened: {exc}") from exc
+    return system, path
 
 
-def _register_remote(con: duckdb.DuckDBPyConnection, source: Any, location: str) -> Sequence[str]:
-    raise InvalidSource(f"{location}: object storage is not supported yet.")
+def files_in(system: AbstractFileSystem, path: str) -> list[str]:
+    """``local_files`` for any file system."""
+    if system.isfile(path):
+        return [path]
+    if _WILDCARD.search(path):
+        return sorted(system.glob(path))
+    root = path.rstrip("/") + "/"
+    return sorted(file for file in system.find(path) if not any(map(_hidden, file[len(root) :].split("/"))))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def _register_remote(con: duckdb.DuckDBPyConnection, source: Any, location: str) -> list[str]:
+    """Give ``con`` the file system of ``location`` under a scheme of its own; return the files in it."""
+    system, path = file_system(location, source.s3_endpoint_override, source.resolve_credentials())
+    try:
+        files = files_in(system, path)
+    except OSError as exc:
+        raise InvalidSource(f"{location} cannot be listed: {exc}") from exc
+    scheme = f"source{uuid.uuid4().hex}"
+    con.register_filesystem(_scheme_only(system, scheme))
+    return [f"{scheme}://{file}" for file in files]
+
+
+def _scheme_only(system: AbstractFileSystem, scheme: str) -> AbstractFileSystem:
+    """``system`` read-only under ``scheme``: DuckDB tells its file systems apart by that alone."""
+    from fsspec.spec import AbstractFileSystem
+
+    class Routed(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
+        cachable = False
+        protocol = scheme
+
+        def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+            return system.open(self._strip(path), mode)
+
+        def glob(self, path: str, **_: Any) -> list[str]:
+            return [path]
+
+        def info(self, path: str, **_: Any) -> Any:
+            return system.info(self._strip(path))
+
+        def modified(self, path: str) -> Any:
+            return system.modified(self._strip(path))
+
+        @staticmethod
+        def _strip(path: str) -> str:
+            return path.split("://", 1)[1]
+
+    return Routed()

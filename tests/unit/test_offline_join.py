@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -14,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from core.errors import EntityFrameError, InvalidSource
 from core.point_in_time import Joined, ViewJoin, point_in_time_join
 from core.source import connect, scan_parquet
 from core.types import FeatureStatus
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SECOND = 1_000_000_000
 DAY = 86_400 * SECOND
@@ -92,7 +94,7 @@ def write(path: Path, events: Sequence[Event], kind: pa.DataType, *, files: int 
     """The events as a folder of Parquet files, in order."""
     path.mkdir()
     bounds = np.linspace(0, len(events), files + 1).astype(int)
-    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         part = events[start:stop]
         width = len(events[0].key) if events else 1
         keys = {f"key{i}": pa.array([event.key[i] for event in part], pa.int64()) for i in range(width)}
@@ -278,7 +280,11 @@ def test_an_empty_source_gives_nulls(con, tmp_path: Path) -> None:
 
 
 def test_a_view_without_keys_joins_on_time_alone(con, tmp_path: Path) -> None:
-    write(tmp_path / "events", [Event((1,), START, None, 7), Event((2,), START + DAY, None, 8)], pa.timestamp("us"))
+    write(
+        tmp_path / "events",
+        [Event((1,), START, None, 7), Event((2,), START + DAY, None, 8)],
+        pa.timestamp("us"),
+    )
     rows = [((None,), START - 1_000), ((5,), START), ((6,), START + 2 * DAY)]
     joined = join(con, entity_rows(rows, pa.timestamp("us")), tmp_path / "events", keys={})
     assert joined.features["view__value"].to_pylist() == [None, 7, 8]
