@@ -6,6 +6,7 @@ A key given twice is an error, not "the last one wins"; NaN and Infinity are not
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,11 @@ def parse(body: bytes) -> dict[str, Any]:
         raise MalformedBody(f"The request body is not valid JSON: {exc}.") from None
     if not isinstance(parsed, dict):
         raise MalformedBody("The request body must be a JSON object.")
-    if _may_repeat_a_key(body, parsed):
-        _refuse_repeated_keys(body)
+    try:
+        if _may_repeat_a_key(body, parsed):
+            _refuse_repeated_keys(body)
+    except RecursionError:
+        raise MalformedBody("The request body is nested too deeply.") from None
     return parsed
 
 
@@ -54,17 +58,35 @@ def flag(body: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
 
 
 def _may_repeat_a_key(body: bytes, parsed: dict[str, Any]) -> bool:
-    """Cheap and never wrong about a repeat: it may only suspect one that is not there."""
-    if b"\\u" in body:
-        return True
-    if any(body.count(b'"%s"' % key.encode()) > 1 for key in parsed):
-        return True
+    """Cheap and never wrong about a repeat: it may only suspect one that is not there.
+
+    Only a key is followed by a colon, so the text has as many of these pairs as the parsed body has keys,
+    and more where a key is repeated or where a text looks like a pair.
+    """
     entities = parsed.get("entities")
-    if isinstance(entities, dict):
-        return any(body.count(b'"%s"' % key.encode()) > 1 for key in entities)
-    if isinstance(entities, list) and entities and isinstance(entities[0], dict):
-        return any(body.count(b'"%s"' % key.encode()) > len(entities) for key in entities[0])
-    return entities is None
+    objects = body.count(b"{")
+    if type(entities) is dict and objects == 2:
+        keys = len(parsed) + len(entities)
+    elif type(entities) is list and objects == 1 + len(entities) and set(map(type, entities)) == {dict}:
+        keys = len(parsed) + sum(map(len, entities))
+    else:
+        keys = _count_keys(parsed)
+    return body.count(b":") > keys and len(_KEY_END.findall(body)) > keys
+
+
+_KEY_END = re.compile(rb'"[ \t\n\r]*:')
+_NESTED = {dict, list}
+
+
+def _count_keys(value: Any) -> int:
+    count, entries = 0, value
+    if type(value) is dict:
+        count, entries = len(value), list(value.values())
+    if not _NESTED.isdisjoint(map(type, entries)):
+        for entry in entries:
+            if type(entry) in _NESTED:
+                count += _count_keys(entry)
+    return count
 
 
 def _refuse_repeated_keys(body: bytes) -> None:
@@ -76,7 +98,4 @@ def _refuse_repeated_keys(body: bytes) -> None:
             raise MalformedBody(f"The request body names the key `{repeated}` twice.", field=repeated)
         return found
 
-    try:
-        json.loads(body, object_pairs_hook=check)
-    except RecursionError:
-        raise MalformedBody("The request body is nested too deeply.") from None
+    json.loads(body, object_pairs_hook=check)

@@ -43,6 +43,12 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
         b'{"entities": {"user_id": [1], "user_\\u0069d": [2]}}',
         b'{"explain": true, "explain": false}',
         b'{"inputs": [{"name": "a", "name": "b"}]}',
+        b'{"inputs": [{"name": "a"}, {"name" :"a", "name"\t: "b"}]}',
+        b'{"df": {"user_id": [1], "user_id": [2]}}',
+        b'{"df": {"tags": [{"a": 1, "a": 2}]}}',
+        b'{"entities": {"user_id": [{"a": 1, "a": 2}]}}',
+        b'{"entities": [{"user_id": 1}, {"at": {"a": 1, "a": 2}}]}',
+        b'{"entities": [{"user_id": 1}, {"user_id": 2, "at": 1, "at": 2}]}',
     ],
 )
 def test_a_key_given_twice_is_refused(body: bytes) -> None:
@@ -50,8 +56,15 @@ def test_a_key_given_twice_is_refused(body: bytes) -> None:
         bodies.parse(body)
 
 
-def test_a_value_that_looks_like_a_key_is_no_repetition() -> None:
-    body = {"entities": {"user_id": ["user_id", "entities"]}}
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"entities": {"user_id": ["user_id", "entities"]}},
+        {"entities": [{"user_id": "user_id"}, {"user_id": '"user_id": 1, "user_id": 2'}]},
+        {"df": {"note": ['"a": 1, "a": 2', '{"a":{"a":1}}'], "a": [{"a": {"a": ["a"]}}]}},
+    ],
+)
+def test_a_value_that_looks_like_a_key_is_no_repetition(body: dict[str, object]) -> None:
     assert bodies.parse(json.dumps(body).encode()) == body
 
 
