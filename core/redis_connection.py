@@ -119,7 +119,7 @@ def open_connection(
     timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
     max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
 ) -> HashReader:
-    """A reader for the address, not connected yet: redis-py's for a cluster, else a ``RedisConnection``.
+    """A reader for the address, not connected yet: to every master of a cluster, else to one server.
 
     ``timeout_seconds`` holds for connecting and for a command where the connection string says nothing.
     Raises ``InvalidRepository`` for an option of the connection string that cannot be honoured.
@@ -259,6 +259,7 @@ class RedisConnection:
                         logger.info("connected to Redis at %s again", self.address)
                     self._attempted.set()
                     await self._until_lost(link)
+                    self._forget(link)  # it may have been lost before it was ours
                     logger.warning("lost a connection: %s", self._reason.message)
                     failures = failures + 1 if now() - since < LONGEST_PAUSE_SECONDS else 0
                 self._attempted.set()
