@@ -80,7 +80,12 @@ class Ledger:
         """``client`` is a blocking redis-py client of the online store."""
         self.client = client
         self._view = stored_view
-        self.key, self._lease_key = ledger_keys(project, stored_view)
+        self.key, self.lease_key = ledger_keys(project, stored_view)
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        """The Redis keys of the ledger and of the lease."""
+        return self.key, self.lease_key
 
     def loaded(self) -> Loaded | None:
         """What has been loaded; None if nothing has, or Redis has lost it."""
@@ -157,10 +162,10 @@ class Ledger:
         """
         token = json.dumps({**_identity(), "id": uuid.uuid4().hex, "since": time.time()}).encode()
         deadline = time.monotonic() + wait_seconds
-        while not self.client.set(self._lease_key, token, nx=True, px=int(LEASE_SECONDS * 1000)):
-            holder = self.client.get(self._lease_key)
+        while not self.client.set(self.lease_key, token, nx=True, px=int(LEASE_SECONDS * 1000)):
+            holder = self.client.get(self.lease_key)
             if holder is not None and _has_died(json.loads(holder)):
-                self.client.eval(_RELEASE, 1, self._lease_key, holder)
+                self.client.eval(_RELEASE, 1, self.lease_key, holder)
             elif holder is not None and time.monotonic() >= deadline:
                 raise self._already_running(json.loads(holder))
             elif holder is not None:
@@ -169,18 +174,18 @@ class Ledger:
         renewal = threading.Thread(target=self._renew, args=(token, stop), daemon=True)
         renewal.start()
         try:
-            yield Fence(self._lease_key, token)
+            yield Fence(self.lease_key, token)
         finally:
             stop.set()
             renewal.join()
-            self.client.eval(_RELEASE, 1, self._lease_key, token)
+            self.client.eval(_RELEASE, 1, self.lease_key, token)
 
     def _renew(self, token: bytes, stop: threading.Event) -> None:
         from redis.exceptions import RedisError
 
         while not stop.wait(LEASE_SECONDS / 3):
             try:
-                if not self.client.eval(_RENEW, 1, self._lease_key, token, int(LEASE_SECONDS * 1000)):
+                if not self.client.eval(_RENEW, 1, self.lease_key, token, int(LEASE_SECONDS * 1000)):
                     return  # lost: the fence stops the writer
             except RedisError:
                 continue  # the writer meets the same failure and decides
