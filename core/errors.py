@@ -12,6 +12,7 @@ BanquetError
 │   ├── EntityFrameError        entity rows that a point-in-time join cannot take
 │   ├── UnsupportedKeyVersion   entity_key_serialization_version other than 3
 │   ├── InvalidSource           a source that cannot be read or written as its definition says
+│   ├── InvalidLock             the lock of a dataset that cannot be read
 │   └── InvalidFeatureValue     a feature value that its declared type cannot hold
 ├── NotFound                    a name that does not exist
 │   ├── ModelNotFound
@@ -112,6 +113,10 @@ class UnsupportedKeyVersion(InvalidInput):
 
 class InvalidSource(InvalidInput):
     """The source cannot be used."""
+
+
+class InvalidLock(InvalidInput):
+    """The lock of the dataset cannot be used."""
 
 
 class InvalidFeatureValue(InvalidInput):
