@@ -8,19 +8,17 @@ the braces keep the two in one slot of a cluster.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from core.errors import AlreadyRunning, LeaseLost
 from core.write import Fence
+from materialization.processes import has_died, this_process
 from materialization.window import Window
 
 LEASE_SECONDS = 30.0
@@ -160,11 +158,11 @@ class Ledger:
         Raises:
             AlreadyRunning: another run still holds it after ``wait_seconds``.
         """
-        token = json.dumps({**_identity(), "id": uuid.uuid4().hex, "since": time.time()}).encode()
+        token = json.dumps({**this_process(), "id": uuid.uuid4().hex, "since": time.time()}).encode()
         deadline = time.monotonic() + wait_seconds
         while not self.client.set(self.lease_key, token, nx=True, px=int(LEASE_SECONDS * 1000)):
             holder = self.client.get(self.lease_key)
-            if holder is not None and _has_died(json.loads(holder)):
+            if holder is not None and has_died(json.loads(holder)):
                 self.client.eval(_RELEASE, 1, self.lease_key, holder)
             elif holder is not None and time.monotonic() >= deadline:
                 raise self._already_running(json.loads(holder))
@@ -209,45 +207,3 @@ def ledger_keys(project: str, stored_view: str) -> tuple[bytes, bytes]:
     """The Redis keys of a view's ledger and of its lease."""
     name = f"banquet:{{{project}:{stored_view}}}"
     return f"{name}:ledger".encode(), f"{name}:lease".encode()
-
-
-def _identity() -> dict[str, Any]:
-    """Who this process is: enough to tell, on the same machine, that it is gone."""
-    return {
-        "host": socket.gethostname(),
-        "namespace": _pid_namespace(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
-
-
-def _has_died(holder: dict[str, Any]) -> bool:
-    if holder["host"] != socket.gethostname() or holder["namespace"] != _pid_namespace():
-        return False
-    if holder["started"] is not None:
-        return bool(_started(holder["pid"]) != holder["started"])
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
-
-
-def _pid_namespace() -> str | None:
-    """Containers on one machine number their processes apart."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None if it is gone or the system does not tell."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state == "Z" else fields[18]

@@ -5,7 +5,6 @@ Knows neither the registry nor a command line: ``run`` and ``engine`` decide whi
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from materialization.ledger import Ledger, Loaded, Unfinished
 from materialization.load import load, row_encoder
 from materialization.memory import SAMPLE_ROWS, estimate_bytes
 from materialization.plan import WHOLE, Due, due, due_window, plan_digest
+from materialization.processes import scratch_folder
 from materialization.report import Observer, Progress, ViewReport, joined
 from materialization.window import Staged, ViewSource, Window, partitions_for
 
@@ -114,10 +114,8 @@ class Materializer:
     @contextmanager
     def connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A DuckDB of its own, with room to spill."""
-        with tempfile.TemporaryDirectory(
-            prefix="banquet-", dir=self._temp_directory, ignore_cleanup_errors=True
-        ) as spill:
-            con = connect(memory_limit=self._memory_limit, threads=self._threads, temp_directory=Path(spill))
+        with scratch_folder(self._temp_directory) as spill:
+            con = connect(memory_limit=self._memory_limit, threads=self._threads, temp_directory=spill)
             try:
                 yield con
             finally:
