@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,9 @@ import httpx
 import pytest
 import redis
 
+from core import layout
 from core.repository import FeastRepository
+from core.types import Dtype, Field
 from tests.support import every_type
 from tests.support.server import banquet
 
@@ -171,6 +174,40 @@ def test_unknown_columns_are_left_alone_and_an_empty_frame_writes_nothing(
     server: httpx.Client, keys: Any
 ) -> None:
     assert push(server, shelf_rows(rank=[1]) | {name: [] for name in shelf_rows()}).status_code == 200
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_every_type_is_taken_in_the_json_it_is_read_in(
+    server: httpx.Client, repository: FeastRepository, valkey: Any, position: int
+) -> None:
+    """But scalar maps, whose keys JSON cannot say, and numbers that JSON lacks."""
+    item = next(ITEMS)
+    values = {dtype: pair[position] for dtype, pair in every_type.VALUES.items()}
+    sent: dict[str, Any] = {
+        dtype.name.lower(): layout.json_value(value, dtype) for dtype, value in values.items()
+    }
+    for dtype in values:
+        text = json.dumps(sent[dtype.name.lower()])
+        if dtype is Dtype.SCALAR_MAP or "Infinity" in text or "NaN" in text:
+            name = dtype.name.lower()
+            alone = every_rows(item, {name: sent[name]})
+            refused(server.post("/push", json=alone), field=name, row=0)
+            sent[name] = None
+    assert server.post("/push", json=every_rows(item, sent)).status_code == 200
+    key = layout.EntityKeys("pushes", [Field("item_id", Dtype.INT64)]).encode([[item]])[0]
+    with redis.Redis.from_url(f"redis://{valkey.connection_string}") as client:
+        cells = client.hgetall(key)
+    for dtype, value in values.items():
+        name = dtype.name.lower()
+        expected = b"" if sent[name] is None else layout.encode_value(value, dtype)
+        assert cells[layout.feature_field("every", name)] == expected, name
+
+
+def every_rows(item: int, values: dict[str, Any]) -> dict[str, Any]:
+    """A request that pushes one row of ``every``, null where no value is given."""
+    columns = {dtype.name.lower(): [values.get(dtype.name.lower())] for dtype in every_type.VALUES}
+    df = {**columns, "item_id": [item], "event_timestamp": [NOW.isoformat()], "created": [None]}
+    return {"push_source_name": "every_push", "df": df}
 
 
 @pytest.mark.usefixtures("keys")
