@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +54,8 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
 
     settings = load_settings()
     repository = FeastRepository.open(ctx.repo)
+    # Ended by a supervisor, it must still stop the Redis it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if not no_serve:
         check_port(host, port)
     with embedded_redis(repository, settings).in_use() as redis:

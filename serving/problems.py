@@ -88,6 +88,9 @@ def problem(error: Exception, request_id: str) -> tuple[int, bytes]:
 
 
 def row_error(error: errors.BanquetError) -> dict[str, Any]:
-    """What an error says beside its message: the hint and the details it carries."""
-    said = {name: value for name, value in error.details.items() if value is not None}
+    """What an error says beside its message: the hint and the details it carries.
+
+    Redis' own words stay in the log: they may quote what was sent.
+    """
+    said = {name: value for name, value in error.details.items() if value is not None and name != "reply"}
     return said if error.hint is None else {"hint": error.hint, **said}
