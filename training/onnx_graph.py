@@ -20,6 +20,7 @@ from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 from sklearn import (
     calibration,
     compose,
+    discriminant_analysis,
     ensemble,
     feature_selection,
     frozen,
@@ -431,7 +432,12 @@ _ESTIMATORS: dict[type, Callable[[Graph, Any, str], _Answer]] = {
     model_selection.RandomizedSearchCV: _searched,
     calibration.CalibratedClassifierCV: _calibrated,
     **dict.fromkeys(
-        (linear_model.LogisticRegression, linear_model.LogisticRegressionCV), _logistic_regression
+        (
+            linear_model.LogisticRegression,
+            linear_model.LogisticRegressionCV,
+            discriminant_analysis.LinearDiscriminantAnalysis,
+        ),
+        _logistic_regression,
     ),
     **dict.fromkeys(
         (
