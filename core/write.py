@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from binascii import crc_hqx
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from core.repository import View
 SLICE_ROWS = 256
 SLICE_BYTES = 1 << 20
 CONNECTIONS = 3
+_SLOTS = 16384
 OPTIMISTIC_ATTEMPTS = 3
 RETRY_DELAYS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 
@@ -413,7 +415,7 @@ def created_times_key(project: str, stored_view: str, key: bytes) -> bytes:
     event timestamp it belongs to.
     """
     name = f"banquet:created:{project}:{stored_view}:".encode()
-    return name + b"{%d}" % _slot_tag(_slot(key))
+    return name + b"{%d}" % _slot_tags()[_slot(key)]
 
 
 def _slot(key: bytes) -> int:
@@ -422,16 +424,15 @@ def _slot(key: bytes) -> int:
     return int(key_slot(key))
 
 
-_SLOT_TAGS: dict[int, int] = {}
-_NUMBERS = itertools.count()
-
-
-def _slot_tag(slot: int) -> int:
-    """The least number whose digits hash to ``slot``."""
-    while slot not in _SLOT_TAGS:
-        number = next(_NUMBERS)
-        _SLOT_TAGS.setdefault(_slot(b"%d" % number), number)
-    return _SLOT_TAGS[slot]
+@cache
+def _slot_tags() -> Mapping[int, int]:
+    """Per hash slot the least number whose digits lie in it: the same in every process."""
+    tags: dict[int, int] = {}
+    for number in itertools.count():
+        tags.setdefault(crc_hqx(b"%d" % number, 0) % _SLOTS, number)
+        if len(tags) == _SLOTS:
+            return tags
+    raise AssertionError("unreachable")
 
 
 def _not_older(event_ns: NDArray[np.int64], stored: Sequence[bytes | None]) -> Sequence[int]:
