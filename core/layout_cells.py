@@ -202,7 +202,7 @@ _SAME_IN_JSON: Mapping[Dtype, type] = {Dtype.STRING: str, Dtype.BOOL: bool}
 class _Memo(dict[Cell, Any]):
     """Decoded cells by their bytes: real columns repeat few values. Holds immutable values only."""
 
-    LIMIT, LONGEST = 50_000, 64
+    LIMIT, LONGEST = 20_000, 64
 
     def __init__(self, decode: Callable[[bytes], Any], empty: Any = None) -> None:
         self._decode = decode
