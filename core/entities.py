@@ -19,7 +19,7 @@ from core.types import Field
 
 
 class EntitySchema:
-    """What an entity row must hold: join keys, never null, and request-time inputs.
+    """What an entity row must hold: join keys, never null, and request-time inputs (``dtypes`` has both).
 
     An input whose definition has the tag ``default: now`` may be left out; it is then the server's clock in
     epoch seconds.
@@ -33,10 +33,10 @@ class EntitySchema:
         self._inputs = {
             feature.name: Expectation.parse("request inputs", feature) for feature in request_inputs
         }
-        self._dtypes = {field.name: field.dtype for field in join_keys}
-        self._dtypes |= {feature.name: feature.dtype for feature in request_inputs}
+        self.dtypes = {field.name: field.dtype for field in join_keys}
+        self.dtypes |= {feature.name: feature.dtype for feature in request_inputs}
         self._optional = {f.name for f in request_inputs if f.tags.get("default") == "now"}
-        self._required = [name for name in self._dtypes if name not in self._optional]
+        self._required = [name for name in self.dtypes if name not in self._optional]
 
     def columns(self, entities: Any) -> tuple[dict[str, list[Any]], int]:
         """Turn rows ``[{...}, ...]`` or columns ``{name: [...]}`` into checked columns.
@@ -91,13 +91,13 @@ class EntitySchema:
                 if name not in row:
                     return self._missing(name, index)
             for name in row:
-                if name not in self._dtypes:
+                if name not in self.dtypes:
                     return self._unknown(name, index)
         return InvalidEntity("The entity rows differ in their fields.", field="entities")
 
     def _from_columns(self, entities: dict[str, Any]) -> tuple[dict[str, list[Any]], int]:
         for name in entities:
-            if name not in self._dtypes:
+            if name not in self.dtypes:
                 raise self._unknown(name)
         for name in self._required:
             if name not in entities:
@@ -141,7 +141,7 @@ class EntitySchema:
             )
 
     def _checked(self, name: str, column: list[Any]) -> list[Any]:
-        dtype = self._dtypes[name]
+        dtype = self.dtypes[name]
         expectation = self._inputs.get(name)
         if expectation is None and json_values.uniform(column, dtype):
             return column
@@ -190,7 +190,7 @@ class EntitySchema:
         return (
             ", ".join(
                 f"`{name}` ({dtype.name}{', optional' if name in self._optional else ''})"
-                for name, dtype in self._dtypes.items()
+                for name, dtype in self.dtypes.items()
             )
             or "no fields"
         )
@@ -198,7 +198,7 @@ class EntitySchema:
     def _example(self) -> str:
         row = ", ".join(
             f'"{name}": {json_values.sample(dtype)}'
-            for name, dtype in self._dtypes.items()
+            for name, dtype in self.dtypes.items()
             if name in self._required
         )
         return f"[{{{row}}}]"

@@ -134,13 +134,22 @@ PREDICT: dict[str, Any] = {
     "responses": _RESPONSES,
 }
 
-PREDICT_WITH: dict[str, Any] = {
-    **PREDICT,
-    "operationId": "predict_with",
-    "summary": "Predict by entity ID with a named model",
-    "description": "Fetches the features of each entity and predicts with the named model's champion.",
-    "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
-}
+
+def with_path(docs: dict[str, Any], *names: str) -> dict[str, Any]:
+    """``docs`` of a route with these path parameters."""
+    parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
+    return {**docs, "parameters": parameters}
+
+
+PREDICT_WITH: dict[str, Any] = with_path(
+    {
+        **PREDICT,
+        "operationId": "predict_with",
+        "summary": "Predict by entity ID with a named model",
+        "description": "Fetches the features of each entity and predicts with the named model's champion.",
+    },
+    "name",
+)
 
 ONLINE_FEATURES: dict[str, Any] = {
     "operationId": "get_online_features",
@@ -262,4 +271,92 @@ WRITE_ONLINE: dict[str, Any] = {
         },
     },
     "responses": {"200": {"description": "Every row can be read; the body is `null`."}, **_WRITTEN},
+}
+
+_NOT_READY = {**_PROBLEM, "description": "Not ready; `error` says why."}
+
+
+def _v2(operation: str, summary: str, description: str, **responses: Any) -> dict[str, Any]:
+    return {
+        "operationId": f"v2_{operation}",
+        "summary": summary,
+        "tags": ["open inference protocol"],
+        "responses": {"200": {"description": description}, **responses},
+    }
+
+
+V2_SERVER = _v2("server", "Server metadata", "Name, version and extensions.")
+V2_LIVE = _v2("live", "Whether the server answers", "It does.")
+V2_READY = _v2("ready", "Whether the server can infer", "It can.", **{"400": _NOT_READY})
+V2_MODEL_READY = _v2(
+    "model_ready", "Whether a model can infer", "It can.", **{"400": _NOT_READY, "404": _PROBLEM}
+)
+V2_MODEL = _v2(
+    "model",
+    "Model metadata",
+    "Versions, platform, input and output tensors.",
+    **{"404": _PROBLEM, "503": _UNAVAILABLE},
+)
+
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "shape", "datatype", "data"],
+    "properties": {
+        "name": {"type": "string"},
+        "shape": {"type": "array", "items": {"type": "integer"}, "description": "[n] or [n, 1]."},
+        "datatype": {"type": "string"},
+        "parameters": {"type": "object"},
+        "data": {"type": "array"},
+    },
+}
+
+V2_INFER: dict[str, Any] = {
+    **_v2(
+        "infer",
+        "Infer by entity ID",
+        "One tensor per output: `prediction`, `confidence`, `missing`, `error`.",
+        **{"404": _PROBLEM, "422": _PROBLEM, "503": _UNAVAILABLE},
+    ),
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["inputs"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "id": {"type": "string"},
+                        "parameters": {"type": "object"},
+                        "inputs": {"type": "array", "items": _TENSOR, "minItems": 1},
+                        "outputs": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["name"],
+                                "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+                            },
+                        },
+                    },
+                },
+                "examples": {
+                    "two": {
+                        "summary": "Two entities",
+                        "value": {
+                            "id": "request-1",
+                            "inputs": [
+                                {
+                                    "name": "user_id",
+                                    "shape": [2, 1],
+                                    "datatype": "INT64",
+                                    "data": [1, 99999999],
+                                }
+                            ],
+                            "outputs": [{"name": "prediction"}, {"name": "confidence"}],
+                        },
+                    }
+                },
+            }
+        },
+    },
 }

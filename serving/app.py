@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from core.redis_connection import HashReader
 from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings
-from serving import api_docs
+from serving import api_docs, inference
 from serving.access import AccessPolicy
 from serving.catalog import Catalog
 from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send
@@ -86,17 +87,37 @@ def create_app(
     push = PushEndpoint(catalog, writer)
     write_online = WriteOnlineEndpoint(catalog, writer)
 
-    def route(path: str, make: Callable[..., Endpoint], docs: dict[str, Any]) -> None:
+    def route(
+        path: str, make: Callable[..., Endpoint], docs: dict[str, Any], *, method: str = "POST"
+    ) -> None:
         async def answer(request: Request) -> Response:
             return _Answer(gateway, path, make(**request.path_params))
 
-        app.add_api_route(path, answer, methods=["POST"], name=docs["operationId"], openapi_extra=docs)
+        app.add_api_route(path, answer, methods=[method], name=docs["operationId"], openapi_extra=docs)
+
+    def model_route(path: str, make: Callable[..., Endpoint], docs: dict[str, Any], *, method: str) -> None:
+        """The route below ``/v2/models/{name}``, and below a version of it."""
+        versioned = {**docs, "operationId": docs["operationId"] + "_version"}
+        route("/v2/models/{name}" + path, make, api_docs.with_path(docs, "name"), method=method)
+        route(
+            "/v2/models/{name}/versions/{version}" + path,
+            make,
+            api_docs.with_path(versioned, "name", "version"),
+            method=method,
+        )
 
     route("/predict", lambda: predict, api_docs.PREDICT)
     route("/models/{name}/predict", lambda name: PredictEndpoint(catalog, name), api_docs.PREDICT_WITH)
     route("/get-online-features", lambda: features, api_docs.ONLINE_FEATURES)
     route("/push", lambda: push, api_docs.PUSH)
     route("/write-to-online-store", lambda: write_online, api_docs.WRITE_ONLINE)
+
+    route("/v2", inference.ServerMetadata, api_docs.V2_SERVER, method="GET")
+    route("/v2/health/live", inference.ServerLive, api_docs.V2_LIVE, method="GET")
+    route("/v2/health/ready", partial(inference.ServerReady, catalog), api_docs.V2_READY, method="GET")
+    model_route("", partial(inference.ModelMetadata, catalog), api_docs.V2_MODEL, method="GET")
+    model_route("/ready", partial(inference.ModelReady, catalog), api_docs.V2_MODEL_READY, method="GET")
+    model_route("/infer", partial(inference.Infer, catalog), api_docs.V2_INFER, method="POST")
 
     @app.get("/livez", tags=["operations"], summary="Whether the process answers")
     async def livez() -> dict[str, str]:

@@ -43,9 +43,14 @@ class MethodNotAllowed(errors.InvalidRequest):
     """The address does not take this method."""
 
 
+class NotReady(errors.Unavailable):
+    """The server or the model is not ready for inference."""
+
+
 STATUS: dict[type[errors.BanquetError], int] = {
     errors.InvalidRequest: 422,
     MalformedBody: 400,
+    NotReady: 400,  # the inference protocol wants a 4xx
     UnsupportedMediaType: 415,
     BodyTooLarge: 413,
     MethodNotAllowed: 405,
