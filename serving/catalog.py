@@ -135,7 +135,7 @@ class Catalog:
         """Raise what stands between this worker and a prediction, if anything."""
         await self._connection.ping()
         _ = self.definitions
-        if not self._settings.features_only:
+        if not self._settings.features_only and (self._settings.default_model or not self._models):
             self.model()
 
     def _default(self) -> str:
