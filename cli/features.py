@@ -165,24 +165,35 @@ def _outcome(view: ViewReport) -> str:
 
 
 @main.command()
-@click.option("--service", required=True, help="Feature service to join.")
+@click.option("--service", help="Feature service to join.")
 @click.option(
     "--entities",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Parquet or CSV file with join keys, event_timestamp and request-time inputs.",
+    help="Parquet file with join keys, event_timestamp and request-time inputs.",
 )
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Parquet to write.")
 @click.option(
-    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Parquet to write."
+    "--reproduce",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="LOCK",
+    help="Rebuild the dataset of a lock and compare; exit 1 where it differs.",
 )
 @click.pass_obj
-def dataset(ctx: Context, service: str, entities: Path, output: Path) -> None:
-    """Build a point-in-time training set and its lock."""
-    from core.dataset import training_dataset
-
+def dataset(
+    ctx: Context, service: str | None, entities: Path | None, output: Path | None, reproduce: Path | None
+) -> None:
+    """Build a point-in-time training set and its lock, or rebuild one from its lock."""
     from core.repository import FeastRepository
 
-    built = training_dataset(FeastRepository.open(ctx.repo), service, entities, output=output)
+    repository = FeastRepository.open(ctx.repo)
+    if reproduce is not None:
+        _reproduce(ctx, repository, reproduce)
+        return
+    if service is None or entities is None or output is None:
+        raise click.UsageError("Give --service, --entities and --output, or --reproduce.")
+    from core.dataset import training_dataset
+
+    built = training_dataset(repository, service, entities, output=output)
     data: dict[str, Any] = {
         "rows": built.lock.rows,
         "output": str(output),
@@ -190,3 +201,21 @@ def dataset(ctx: Context, service: str, entities: Path, output: Path) -> None:
         "digest": built.lock.content_digest,
     }
     ctx.report(data, f"{built.lock.rows:,} rows in {output}, lock in {built.lock_path}.")
+
+
+def _reproduce(ctx: Context, repository: FeastRepository, lock_path: Path) -> None:
+    from dataclasses import asdict
+
+    from core.dataset import reproduce
+
+    result = reproduce(repository, lock_path)
+    data = {
+        "same": result.same,
+        "digest": result.content_digest,
+        "expected": result.lock.content_digest,
+        "moved": [asdict(moved) for moved in result.moved],
+    }
+    verdict = "The dataset is the same." if result.same else "The dataset differs from its lock."
+    ctx.report(data, "\n".join([verdict, *(f"  {moved}" for moved in result.moved)]))
+    if not result.same:
+        sys.exit(1)
