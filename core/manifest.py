@@ -80,7 +80,11 @@ class ServiceSchema:
 
 @dataclass(frozen=True, slots=True)
 class TrainingWindow:
-    """Event times of the rows that were used. ``split`` is where the held-out part begins (UTC)."""
+    """Event times (UTC) of the entity rows, and what became of them. ``split`` begins the held-out part.
+
+    Embargoed rows had labels that were not known before the next part began; rejected ones lacked a feature
+    whose policy is ``reject``.
+    """
 
     start: datetime
     split: datetime
@@ -89,6 +93,7 @@ class TrainingWindow:
     calibration_rows: int
     holdout_rows: int
     embargoed_rows: int
+    rejected_rows: int
 
 
 @dataclass(frozen=True, slots=True)

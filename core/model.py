@@ -134,7 +134,7 @@ class LoadedModel:
         for name in self._rejects:
             column = values[name]
             for row in range(rows):
-                if _missing(column[row]):
+                if is_missing(column[row]):
                     found.setdefault(row, []).append(name)
         return found
 
@@ -225,7 +225,7 @@ def _check_libraries(manifest: ModelManifest) -> None:
         )
 
 
-def _missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """None, NaN and the infinities, as the matrix has it."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 

@@ -43,7 +43,7 @@ def manifest(
         "task": "regression",
         "schema": SCHEMA,
         "label": "churned",
-        "window": TrainingWindow(NOON, NOON, NOON, 10, 0, 5, 2),
+        "window": TrainingWindow(NOON, NOON, NOON, 10, 0, 5, 2, 1),
         "dataset_digest": "d" * 64,
         "libraries": {"python": "3.11"},
         "golden": (
