@@ -6,7 +6,7 @@ any of them is used, so a bad row leaves nothing behind. Knows no HTTP and no st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -43,19 +43,25 @@ class CheckedRows:
 
 
 def check_rows(
-    view: View, given: Mapping[str, Any], *, now: datetime, wire_names: bool = False
+    view: View,
+    given: Mapping[str, Any],
+    *,
+    now: datetime,
+    arrived_ns: Sequence[int] | None = None,
+    wire_names: bool = False,
 ) -> CheckedRows:
     """Check ``given``, columns of JSON values, against ``view``.
 
     Columns may have the names of the view's source or, after its field mapping, those of the view; columns
     that the view does not know are left alone, as another view of the same push source may need them. A
     timestamp without a time zone is UTC, as everywhere in Feast. A row without a created timestamp was
-    created ``now``.
+    created when it arrived.
 
     Args:
         view: what the rows belong to.
         given: a list of values per column.
         now: the present, time-zone aware.
+        arrived_ns: when each row arrived, nanoseconds since the epoch; without it, all arrived ``now``.
         wire_names: take timestamps also under the names that Feast's remote client always uses,
             ``event_timestamp`` and ``created``.
 
@@ -107,8 +113,9 @@ def check_rows(
     created_ns = None
     if created_name is not None:
         given_created = named.get(created_name) or [None] * rows
+        arrived_ns = arrived_ns if arrived_ns is not None else [_nanoseconds(now)] * rows
         created_ns = [
-            _nanoseconds(now if value is None else _moment(view, names[created_name], value, row))
+            arrived_ns[row] if value is None else _nanoseconds(_moment(view, names[created_name], value, row))
             for row, value in enumerate(given_created)
         ]
     return CheckedRows(view, rows, columns, [_nanoseconds(e) for e in events], created_ns, names)

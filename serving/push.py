@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from core.errors import InvalidRequest, InvalidRow, InvalidSource, Overloaded, PushSourceNotFound
+from core.errors import InvalidRequest, InvalidRow, InvalidSource, Overloaded
 from core.feature_rows import CheckedRows, check_rows
+from core.push import OfflineTarget, append_offline, fed_views, offline_rows, offline_targets
 from core.repository import FeastRepository, View
 from core.write import OnlineWriter, WriteResult, encode_rows
 from serving import bodies
@@ -58,15 +59,15 @@ class FeatureWriter:
         def work() -> None:
             now = datetime.now(tz=UTC)
             checked = [check_rows(view, df, now=now, wire_names=wire_names) for view in views]
-            frame = _offline_frame(checked, df) if offline else None
-            targets = self._offline_targets(checked, list(frame)) if frame is not None else []
+            targets = offline_targets(self._repository, views) if offline else []
+            tables = [offline_rows(target, checked, df) for target in targets]
             if online:
                 for rows in checked:
                     result = self._write_online(rows)
                     self._metrics.pushed(rows.view.name, result.written, result.older)
-            for target in targets:
+            for target, table in zip(targets, tables, strict=True):
                 if checked[0].rows:
-                    self._write_offline(target, frame)
+                    self._write_offline(target, table)
 
         if self._waiting >= _MAX_WAITING:
             raise Overloaded("Too many pushes are waiting.", hint="Push fewer, larger batches.")
@@ -98,42 +99,15 @@ class FeatureWriter:
         encoded = encode_rows(self._repository.project, rows.view, rows.columns, rows.event_ns)
         return self._writer.write(rows.view.stored_name, encoded, created_ns=rows.created_ns)
 
-    def _offline_targets(self, checked: Sequence[CheckedRows], columns: Sequence[str]) -> list[str]:
-        """One view per batch source: views that share one must not append the rows twice.
-
-        Raises:
-            InvalidRow: the columns are not those of a batch source.
-        """
-        store = self._repository.store()
-        targets: list[tuple[str, Any]] = []
-        for rows in checked:
-            name = rows.view.name
-            source = store.registry.get_any_feature_view(name, store.project, allow_cache=False).batch_source
-            described = store._get_provider().get_table_column_names_and_types_from_data_source(
-                store.config, source
-            )
-            _require_columns(name, {column for column, _ in described}, set(columns))
-            if all(source != known for _, known in targets):
-                targets.append((name, source))
-        return [name for name, _ in targets]
-
-    def _write_offline(self, view: str, frame: Any) -> None:
-        import pyarrow as pa
-
+    def _write_offline(self, target: OfflineTarget, table: Any) -> None:
         try:
-            self._repository.store().write_to_offline_store(view, frame, allow_registry_cache=True)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, InvalidSource) as exc:
+            append_offline(self._repository, target, table)
+        except InvalidSource as exc:
             raise InvalidRow(
-                f"The rows do not convert to the types of the batch source of view {view!r}.",
+                f"The batch source of view {target.view!r} does not take the rows.",
                 hint="Compare the values of the columns that the view does not declare with the source.",
                 field="df",
-                view=view,
-            ) from exc
-        except NotImplementedError as exc:
-            raise InvalidRequest(
-                "The offline store of this repository takes no pushes.",
-                hint='Push to "online" and write the batch source upstream.',
-                field="to",
+                view=target.view,
             ) from exc
 
 
@@ -158,21 +132,9 @@ class PushEndpoint:
                 field="to",
             )
         await _refresh_if_asked(request, self._catalog)
-        views = self._views(source)
+        views = fed_views(self._catalog.definitions, source)
         await self._writer.write(views, df, online=to != _OFFLINE, offline=to != _ONLINE)
         return b""
-
-    def _views(self, source: str) -> list[View]:
-        fed = [view for view in self._catalog.definitions.views.values() if view.source and view.source.push]
-        views = [view for view in fed if view.source and view.source.push == source]
-        if not views:
-            known = ", ".join(sorted({view.source.push for view in fed if view.source and view.source.push}))
-            raise PushSourceNotFound(
-                f"No feature view takes pushes from {source!r}.",
-                hint=f"Push sources: {known or 'none'}.",
-                field="push_source_name",
-            )
-        return views
 
 
 class WriteOnlineEndpoint:
@@ -226,59 +188,3 @@ def _frame(request: dict[str, Any]) -> dict[str, Any]:
             field="df",
         )
     return df
-
-
-def _offline_frame(checked: Sequence[CheckedRows], df: dict[str, Any]) -> Any:
-    """The rows as a DataFrame with the columns as they were sent, typed where a view types them.
-
-    Raises:
-        InvalidRow: a column is no list, or of another length.
-    """
-    import pandas as pd
-
-    for name, column in df.items():
-        if not isinstance(column, list) or len(column) != checked[0].rows:
-            raise InvalidRow(
-                f"Column `{name}` is not a list of {checked[0].rows} values.",
-                hint="Send as many values in every column.",
-                field=name,
-            )
-    columns = dict(df)
-    for rows in checked:
-        for name, values in rows.columns.items():
-            columns[rows.names[name]] = [_stored_offline(value) for value in values]
-        source = rows.view.source
-        times = {} if source is None else {source.timestamp: rows.event_ns}
-        if source is not None and source.created is not None and rows.created_ns is not None:
-            times[source.created] = rows.created_ns
-        for name, nanoseconds in times.items():
-            stamps = pd.Series(nanoseconds, dtype="int64")
-            columns[rows.names.get(name, name)] = pd.to_datetime(stamps, unit="ns", utc=True).dt.as_unit("us")
-    # Objects keep integers beside nulls, which numpy would make floats of.
-    return pd.DataFrame(
-        {
-            name: pd.Series(column, dtype="object") if isinstance(column, list) else column
-            for name, column in columns.items()
-        }
-    )
-
-
-def _require_columns(view: str, wanted: set[str], given: set[str]) -> None:
-    missing, extra = sorted(wanted - given), sorted(given - wanted)
-    if missing or extra:
-        raise InvalidRow(
-            f"The columns are not those of the batch source of view {view!r}"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; unknown: {', '.join(extra)}" if extra else "")
-            + ".",
-            hint="A push to the offline store appends rows to the source, so it has to bring its columns.",
-            field=(missing or extra)[0],
-            view=view,
-        )
-
-
-def _stored_offline(value: Any) -> Any:
-    """A value as a batch source can hold it: no sets, no UUIDs."""
-    if isinstance(value, list | set):
-        return [_stored_offline(element) for element in value]
-    return str(value) if type(value).__name__ == "UUID" else value
