@@ -9,8 +9,8 @@ size limit, request id, errors, metrics.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from core.errors import BanquetError
 from serving.access import AccessPolicy
@@ -34,11 +34,19 @@ class Endpoint(Protocol):
     async def __call__(self, body: bytes, request_id: str) -> bytes: ...
 
 
+class Reply(NamedTuple):
+    """What goes back to the client; the headers are complete but for the server's own."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
 class Gateway:
     """Runs endpoints for requests."""
 
     def __init__(self, *, max_body_bytes: int, access: AccessPolicy, metrics: RequestMetrics) -> None:
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._access = access
         self._metrics = metrics
         self.request_ids = RequestIds()
@@ -46,10 +54,28 @@ class Gateway:
     async def answer(
         self, route: str, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Read the request, run the endpoint, send its answer or the problem it raised."""
+        """Read the request from ASGI, run the endpoint, send its answer or the problem it raised."""
+        reply = await self.respond(
+            route, endpoint, scope["method"], scope["headers"], lambda: self._read(receive)
+        )
+        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+        await send({"type": "http.response.body", "body": reply.body})
+
+    async def respond(
+        self,
+        route: str,
+        endpoint: Endpoint,
+        method: str,
+        headers: Iterable[tuple[bytes, bytes]],
+        read: Callable[[], Awaitable[bytes]],
+    ) -> Reply:
+        """Run the endpoint on the body that ``read`` gives; never raises.
+
+        ``read`` is called only for a POST whose headers pass; the length of what it gives is checked here.
+        """
         started = time.perf_counter()
         content_type = credentials = request_id = None
-        for name, value in scope["headers"]:
+        for name, value in headers:
             if name == b"content-type":
                 content_type = value
             elif name == b"authorization":
@@ -60,9 +86,11 @@ class Gateway:
         status, kind = 200, _JSON
         try:
             self._access.check(credentials)
-            if scope["method"] == "POST":
-                _check_content_type(content_type)
-                body = await self._read(receive)
+            if method == "POST":
+                # The inference protocol names no content type, and Triton's client sends none.
+                _check_content_type(content_type, optional=route.startswith("/v2/"))
+                body = await read()
+                self._check_size(body)
             else:
                 body = b""
             payload = await endpoint(body, identity)
@@ -72,36 +100,37 @@ class Gateway:
         except Exception as exc:  # noqa: BLE001 — the last line: nothing may leak, nothing may go unanswered
             status, payload = problem(exc, identity)
             kind = PROBLEM
-        headers = [
+        answered = [
             (b"content-type", kind),
             (b"content-length", b"%d" % len(payload)),
             (b"x-request-id", identity.encode("latin-1")),
         ]
         if status == 503:
-            headers.append((b"retry-after", _RETRY_AFTER_S))
+            answered.append((b"retry-after", _RETRY_AFTER_S))
         elif status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
+            answered.append((b"www-authenticate", b"Bearer"))
         self._metrics.observe(route, status, time.perf_counter() - started)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": payload})
+        return Reply(status, answered, payload)
 
     async def _read(self, receive: Receive) -> bytes:
         message = await receive()
         body: bytes = message.get("body", b"")
         if message.get("more_body"):
             parts, size = [body], len(body)
-            while message.get("more_body") and size <= self._max_body_bytes:
+            while message.get("more_body") and size <= self.max_body_bytes:
                 message = await receive()
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
             body = b"".join(parts)
-        if len(body) > self._max_body_bytes:
-            raise BodyTooLarge(
-                f"The request body is larger than {self._max_body_bytes} bytes.",
-                hint="Send fewer entities at once, or raise BANQUET_MAX_BODY_BYTES.",
-                limit=self._max_body_bytes,
-            )
         return body
+
+    def _check_size(self, body: bytes) -> None:
+        if len(body) > self.max_body_bytes:
+            raise BodyTooLarge(
+                f"The request body is larger than {self.max_body_bytes} bytes.",
+                hint="Send fewer entities at once, or raise BANQUET_MAX_BODY_BYTES.",
+                limit=self.max_body_bytes,
+            )
 
 
 class HotRoutes:
@@ -109,20 +138,26 @@ class HotRoutes:
 
     def __init__(self, app: App, gateway: Gateway, endpoints: Mapping[str, Endpoint]) -> None:
         self._app = app
-        self._gateway = gateway
+        self.gateway = gateway
         self._endpoints = endpoints
 
+    def find(self, method: str, path: str) -> Endpoint | None:
+        """The endpoint of a hot route; None for any other request."""
+        return self._endpoints.get(path) if method == "POST" else None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http":
             path = scope["path"]
-            endpoint = self._endpoints.get(path)
+            endpoint = self.find(scope["method"], path)
             if endpoint is not None:
-                await self._gateway.answer(path, endpoint, scope, receive, send)
+                await self.gateway.answer(path, endpoint, scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def _check_content_type(value: bytes | None) -> None:
+def _check_content_type(value: bytes | None, *, optional: bool) -> None:
+    if value is None and optional:
+        return
     if value is None or not value.lower().startswith(_JSON):
         shown = "none" if value is None else value.decode("latin-1")
         raise UnsupportedMediaType(

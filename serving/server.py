@@ -20,11 +20,12 @@ from core.repository import FeastRepository
 from core.settings import Settings, load_settings
 from serving.app import create_app
 from serving.endpoints import App
+from serving.protocol import HotProtocol
 
-# Uvicorn's own parsers and loop in C; the access log would cost more than a prediction does.
+# Parsers and loop in C; the access log would cost more than a prediction does.
 _UVICORN: dict[str, Any] = {
     "loop": "uvloop",
-    "http": "httptools",
+    "http": HotProtocol,
     "access_log": False,
     "server_header": False,
     "log_level": "warning",
@@ -75,7 +76,7 @@ def _serve_with_gunicorn(repo: Path, host: str, port: int, workers: int, setting
     from uvicorn_worker import UvicornWorker
 
     class Worker(UvicornWorker):  # type: ignore[misc]
-        CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, "loop": "uvloop", "http": "httptools"}  # noqa: RUF012
+        CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, "loop": "uvloop", "http": HotProtocol}  # noqa: RUF012
 
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
