@@ -24,7 +24,7 @@ from serving import bodies
 from serving.batching import Columns
 from serving.catalog import Catalog
 from serving.predictor import Answer, ServedModel
-from serving.problems import NotReady, row_error
+from serving.problems import MalformedBody, NotReady, row_error
 
 _FIELDS = ("id", "parameters", "inputs", "outputs")
 _INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
@@ -131,7 +131,11 @@ class Infer:
 
     async def __call__(self, body: bytes, request_id: str) -> bytes:
         served = _served(self._catalog, self._name, self._version)
-        request = bodies.parse(body)
+        try:
+            request = bodies.parse(body)
+        except MalformedBody as exc:
+            hint = "Tensors are sent as JSON; turn binary data off (tritonclient: `binary_data=False`)."
+            raise MalformedBody(exc.message, hint=exc.hint or hint, **exc.details) from exc
         bodies.check_fields(request, _FIELDS)
         identity = request.get("id", request_id)
         if type(identity) is not str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from datetime import timedelta
@@ -327,10 +328,18 @@ def test_request_inputs_are_checked_as_everywhere(server: httpx.Client) -> None:
 
 def test_a_body_that_is_no_json_is_refused_with_an_error_text(server: httpx.Client) -> None:
     path, json_type = "/v2/models/worth/infer", {"content-type": "application/json"}
-    refused(server.post(path, content=b'{"inputs": []}\x00\x01', headers=json_type), 400)
+    assert "binary" in refused(server.post(path, content=b'{"inputs": []}\x00\x01', headers=json_type), 400)
     refused(server.post(path, content=b"\x00", headers={"content-type": "application/octet-stream"}), 415)
     refused(server.get(path), 405)
     refused(server.get("/v2/models"), 404)
+
+
+def test_a_body_without_a_content_type_is_taken_as_triton_s_client_sends_it(server: httpx.Client) -> None:
+    body = json.dumps({"inputs": [tensor("user_id", [1])]}).encode()
+    response = server.post("/v2/models/worth/infer", content=body)
+    assert "content-type" not in response.request.headers
+    assert answered(response)["prediction"]["data"] == [20.5]
+    assert server.post("/models/worth/predict", content=body).status_code == 415
 
 
 def test_a_request_larger_than_a_slice_is_answered_in_order(server: httpx.Client) -> None:
