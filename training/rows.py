@@ -43,6 +43,10 @@ def entity_rows(repository: FeastRepository, spec: ModelSpec) -> pd.DataFrame:
         frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
         if path.suffix == ".csv" and "event_timestamp" in frame:
             frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True)
+    if not isinstance(frame, pd.DataFrame):
+        raise InvalidModelSpec(
+            f"The entity rows of model spec {spec.name!r} are a {type(frame).__name__}, not a DataFrame."
+        )
     for column in ("event_timestamp", spec.label):
         if column not in frame:
             raise InvalidModelSpec(f"The entity rows of model spec {spec.name!r} have no column {column!r}.")
