@@ -22,8 +22,8 @@ from serving.app import create_app
 from serving.endpoints import App
 from serving.protocol import HotProtocol
 
-# Parsers and loop in C; the access log would cost more than a prediction does.
-_UVICORN: dict[str, Any] = {
+# How every worker runs. Parsers and loop in C; the access log would cost more than a prediction does.
+UVICORN: dict[str, Any] = {
     "loop": "uvloop",
     "http": HotProtocol,
     "access_log": False,
@@ -53,7 +53,7 @@ def serve(repo: Path, *, host: str, port: int, workers: int = 1, settings: Setti
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     check_port(host, port)
     if workers == 1:
-        uvicorn.run(build_app(repo, settings), host=host, port=port, **_UVICORN)
+        uvicorn.run(build_app(repo, settings), host=host, port=port, **UVICORN)
     else:
         _serve_with_gunicorn(repo, host, port, workers, settings)
 

@@ -25,14 +25,11 @@ START_TIMEOUT_SECONDS = 60.0
 @contextmanager
 def banquet(repo: Path, settings: Settings | None = None) -> Iterator[httpx.Client]:
     """A worker in a thread of this process, on a free port; gives a client for its address."""
-    from serving.server import build_app
+    from serving.server import UVICORN, build_app
 
     app = build_app(repo, settings or Settings(features_only=True, state_dir=repo / ".banquet"))
     port = free_port()
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, loop="asyncio", http="httptools", log_level="warning"
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **UVICORN))
     thread = threading.Thread(target=server.run, name="banquet-server")
     thread.start()
     try:
