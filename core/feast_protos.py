@@ -46,11 +46,28 @@ def _load(*names: str) -> tuple[ModuleType, ...]:
             del sys.modules[name]
 
 
-value_pb2, entity_key_pb2, registry_pb2, feature_view_pb2 = _load(
-    "types.Value_pb2", "types.EntityKey_pb2", "core.Registry_pb2", "core.FeatureView_pb2"
+(
+    value_pb2,
+    entity_key_pb2,
+    registry_pb2,
+    feature_view_pb2,
+    stream_feature_view_pb2,
+    on_demand_feature_view_pb2,
+    label_view_pb2,
+) = _load(
+    "types.Value_pb2",
+    "types.EntityKey_pb2",
+    "core.Registry_pb2",
+    "core.FeatureView_pb2",
+    "core.StreamFeatureView_pb2",
+    "core.OnDemandFeatureView_pb2",
+    "core.LabelView_pb2",
 )
 
 Value = value_pb2.Value
 EntityKey = entity_key_pb2.EntityKey
 Registry = registry_pb2.Registry
 FeatureView = feature_view_pb2.FeatureView
+StreamFeatureView = stream_feature_view_pb2.StreamFeatureView
+OnDemandFeatureView = on_demand_feature_view_pb2.OnDemandFeatureView
+LabelView = label_view_pb2.LabelView

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import mmh3
 
@@ -41,6 +41,7 @@ __all__ = [
     "KEY_VERSION",
     "NULL_TIMESTAMP",
     "EntityKeys",
+    "StoredKey",
     "colliding_fields",
     "decode_column",
     "decode_json_column",
@@ -53,6 +54,7 @@ __all__ = [
     "json_column",
     "json_value",
     "require_key_version",
+    "stored_key",
     "timestamp_field",
 ]
 
@@ -135,6 +137,9 @@ class EntityKeys:
         fixed_size: the length of every key in bytes, None where it depends on the values.
         order: positions in ``join_keys`` in the order in which the values stand in the key.
     """
+
+    STORED_AS_DECLARED = frozenset(_KEY_VALUES)
+    """The types that a join key may have; a key names the very type that was declared."""
 
     def __init__(self, project: str, join_keys: Sequence[Field]) -> None:
         """Prepare the constant parts.
@@ -237,6 +242,48 @@ class EntityKeys:
 
 
 PLACEHOLDER = Field("__dummy_id", Dtype.STRING)
+
+
+class StoredKey(NamedTuple):
+    """What a Redis key says of itself: its join keys in the order it has them, and whose it is.
+
+    Every key of a view without entities has the one join key ``PLACEHOLDER``.
+    """
+
+    join_keys: tuple[Field, ...]
+    project: bytes
+
+
+def stored_key(key: bytes) -> StoredKey | None:
+    """Read an entity key whose join keys are not known beforehand; None where it is none.
+
+    Lengths stand before all that varies, so what is left after the last value is the whole name of the
+    project: a key of ``prodfraud`` cannot be taken for one of ``fraud``.
+    """
+    try:
+        (count,) = _COUNT.unpack_from(key)
+        if not 0 < count < len(key) // 16 + 1:
+            return None
+        at, names, kinds = 4, [], []
+        for _ in range(count):
+            kind, size = _HEAD.unpack_from(key, at)
+            at += 8 + size
+            if kind != Dtype.STRING or at > len(key):
+                return None
+            names.append(key[at - size : at].decode())
+        for _ in range(count):
+            kind, size = _HEAD.unpack_from(key, at)
+            at += 8 + size
+            if at > len(key):
+                return None
+            kinds.append(Dtype(kind))
+    except (ValueError, struct.error):
+        return None
+    return StoredKey(tuple(map(Field, names, kinds)), key[at:])
+
+
+_COUNT = struct.Struct("<I")
+_HEAD = struct.Struct("<II")
 
 
 def value_head(dtype: Dtype, raw: bytes) -> bytes:

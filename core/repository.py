@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -264,8 +264,12 @@ class FeastRepository:
         Raises:
             InvalidRepository: there is no registry yet, or it cannot be read.
         """
+        return parse_registry(self.registry(), self.config)
+
+    def registry(self) -> Any:
+        """The registry's protobuf, read anew; raises as ``definitions``."""
         if self.registry_file is None:
-            return parse_registry(self._remote_registry(), self.config)
+            return self._remote_registry()
         from google.protobuf.message import DecodeError
 
         from core.feast_protos import Registry
@@ -281,7 +285,7 @@ class FeastRepository:
             raise InvalidRepository(
                 f"{self.registry_file} is not a Feast registry.", hint="Run `banquet apply` to write it anew."
             ) from exc
-        return parse_registry(registry, self.config)
+        return registry
 
     def _remote_registry(self) -> Any:
         store = self.store()
@@ -313,6 +317,35 @@ def parse_registry(registry: Any, config: Mapping[str, Any]) -> Definitions:
     }
     pinned = _pinned_views(registry, project) if versioned else {}
     return Definitions(project=project, views=views, on_demand=on_demand, services=services, pinned=pinned)
+
+
+def stored_views(registry: Any, config: Mapping[str, Any]) -> list[View]:
+    """Every view that may have rows online, whether or not it is served.
+
+    Beside those of ``parse_registry`` they are disabled views, label views (whose rows never expire here) and
+    all versions on record.
+    """
+    from core import feast_protos
+
+    project, options = config["project"], config.get("registry")
+    versioned = bool(isinstance(options, dict) and options.get("enable_online_feature_view_versioning"))
+    kinds = {
+        "feature_view": (registry.feature_views, feast_protos.FeatureView),
+        "stream_feature_view": (registry.stream_feature_views, feast_protos.StreamFeatureView),
+        "on_demand_feature_view": (registry.on_demand_feature_views, feast_protos.OnDemandFeatureView),
+        "label_view": (registry.label_views, feast_protos.LabelView),
+    }
+    found = []
+    for messages, _ in kinds.values():
+        for message in (m for m in messages if m.spec.project == project):
+            number = getattr(message.meta, "current_version_number", 0)
+            found += [_view(message.spec, number, versioned), _view(message.spec, number, False)]
+    for record in registry.feature_view_version_history.records if versioned else ():
+        if record.project_id == project and record.feature_view_type in kinds:
+            _, kind = kinds[record.feature_view_type]
+            found.append(_view(kind.FromString(record.feature_view_proto).spec, record.version_number, True))
+    labels = {message.spec.name for message in registry.label_views if message.spec.project == project}
+    return [replace(view, ttl=timedelta(0)) if view.name in labels else view for view in found]
 
 
 def _of_project(messages: Iterable[Any], project: str) -> list[Any]:
