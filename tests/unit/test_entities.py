@@ -32,7 +32,7 @@ def test_rows_and_columns_give_the_same_columns() -> None:
 @pytest.mark.parametrize("shape", ["rows", "columns"])
 def test_what_is_not_an_int64_is_refused_with_its_row(value: Any, shape: str) -> None:
     entities: Any = {"user_id": [1, value]} if shape == "columns" else [{"user_id": 1}, {"user_id": value}]
-    with pytest.raises(InvalidEntity, match="`user_id` in row 1 is .*Int64") as caught:
+    with pytest.raises(InvalidEntity, match=r"`user_id` in row 1 is .*Int64") as caught:
         USER.columns(entities)
     assert caught.value.details == {"field": "user_id", "row": 1, "expected": "INT64"}
 
@@ -140,5 +140,5 @@ def test_only_some_rows_may_leave_a_defaulted_input_out() -> None:
 
 
 def test_expectations_of_request_time_inputs_hold_at_the_door() -> None:
-    with pytest.raises(InvalidEntity, match="`amount` in row 0: .*min"):
+    with pytest.raises(InvalidEntity, match=r"`amount` in row 0: .*min"):
         PAIR.columns([{"store": "a", "user_id": 1, "amount": -1.0}])
