@@ -261,17 +261,20 @@ class _Cleaning:
         They would be reloaded anyway, unless their old definition comes back; then their ledger must not
         vouch for the fields that are removed now.
         """
+        ledgers = (Ledger(self._client, self._repository.project, name) for name in self._claims.stored_names)
+        loaded = {ledger.key: seen for ledger in ledgers if (seen := ledger.loaded()) is not None}
+        if not loaded:
+            return
         from materialization import views
 
         store = self._repository.store()
         for view in store._get_feature_views_to_materialize(None):
             stored = views.stored_view(view, store.config)
-            ledger = Ledger(self._client, store.project, stored.stored_name)
-            loaded = ledger.loaded()
-            if loaded is not None and loaded.definition != views.definition_digest(view, store.config):
-                seen = self._client.hget(ledger.key, "loaded")
-                if seen is not None:
-                    self._client.eval(_FORGET, 1, ledger.key, "loaded", seen)
+            key, _ = ledger_keys(store.project, stored.stored_name)
+            if key in loaded and loaded[key].definition != views.definition_digest(view, store.config):
+                text = self._client.hget(key, "loaded")
+                if text is not None:
+                    self._client.eval(_FORGET, 1, key, "loaded", text)
 
     def _witnesses(self) -> dict[str, list[bytes]]:
         """Keys of each view by which its ledger knows that its rows are still there."""
@@ -400,7 +403,7 @@ class _Cleaning:
             sizes = self._sizes.setdefault((verdict.fields, gone), [])
             if len(sizes) < _SIZED_KEYS:
                 sizes.append(0.0)
-                measured.append((sizes, len(sizes) - 1, gone, verdict.fields))
+                measured.append((key, sizes, len(sizes) - 1, gone, verdict.fields))
                 calls += [("MEMORY", "USAGE", key), ("HGETALL", key)]
         if not calls or self._report.bytes is None:
             return
@@ -411,14 +414,14 @@ class _Cleaning:
         except RedisError:  # MEMORY is a command that managed services and ACLs may withhold
             self._report.bytes = None
             return
-        for (sizes, place, gone, fields), used, pairs in zip(
+        for (key, sizes, place, gone, fields), used, pairs in zip(
             measured, answers[::2], answers[1::2], strict=True
         ):
             if used is None or not pairs:
                 continue
             weights = {name: len(name) + len(cell) + _ENTRY_OVERHEAD for name, cell in pairs.items()}
-            share = 1.0 if gone == fields else sum(weights.get(n, 0) for n in gone) / sum(weights.values())
-            sizes[place] = used * share
+            share = sum(weights.get(name, 0) for name in gone) / sum(weights.values())
+            sizes[place] = used if gone == fields else (used - _KEY_OVERHEAD - len(key)) * share
 
     def _estimated_bytes(self) -> int | None:
         if self._report.bytes is None:
@@ -452,6 +455,8 @@ class _Cleaning:
 
 # A field and its value in a compact list: two entries with their lengths.
 _ENTRY_OVERHEAD = 4
+# What a key takes beside its own bytes and its hash's fields.
+_KEY_OVERHEAD = 60
 
 
 def _nodes(client: Any) -> Iterator[Any]:
