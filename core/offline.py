@@ -43,6 +43,7 @@ from core.retrieval import (
     check_columns,
     join_keys,
     keys_seen,
+    on_demand_views,
     session,
     view_join,
     window,
@@ -185,7 +186,7 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
         Running the job raises EntityFrameError for entity rows that cannot be joined, InvalidSource for a
         source that cannot be read.
         """
-        on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
+        on_demand = on_demand_views(feature_refs, project, registry)
         requested, _ = _get_requested_feature_views_to_features_dict(feature_refs, feature_views, on_demand)
         entities = None if entity_df is None else EntityRows(config, entity_df)
         if entities is None:
@@ -196,7 +197,15 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
         def evaluate() -> pa.Table:
             with session(config) as con:
                 views = [
-                    view_join(con, config, view, features, full_feature_names)
+                    view_join(
+                        con,
+                        config,
+                        view.batch_source,
+                        name=view.projection.name_to_use(),
+                        keys=join_keys(view),
+                        features={_result_name(view, f, full_feature_names): f for f in features},
+                        ttl=view.ttl,
+                    )
                     for view, features in requested.items()
                 ]
                 table = entities.table if entities else keys_seen(con, views, start, end)
@@ -214,7 +223,7 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
 
         def metadata() -> RetrievalMetadata:
             if entities is None:
-                keys = dict.fromkeys(key for view in feature_views for key in join_keys(view).values())
+                keys = dict.fromkeys(key for view in feature_views for key in join_keys(view))
                 return RetrievalMetadata(feature_refs, list(keys), start, end)
             others = [name for name in entities.table.column_names if name != entities.timestamp]
             return RetrievalMetadata(feature_refs, others, *entities.range)
@@ -386,6 +395,10 @@ def _as_file_store(config: RepoConfig) -> Any:
 
 def _location(source: DataSource, config: RepoConfig) -> str:
     return resolve(source.path, config.repo_path)
+
+
+def _result_name(view: FeatureView, feature: str, full_feature_names: bool) -> str:
+    return f"{view.projection.name_alias or view.name}__{feature}" if full_feature_names else feature
 
 
 def _pulled_columns(

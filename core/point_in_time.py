@@ -57,10 +57,13 @@ class Joined:
 
     ``features`` has the views' features in the order asked for. ``statuses`` has per view an int8 array of
     PRESENT, NOT_FOUND or OUTSIDE_MAX_AGE; without ``expired=True`` a row past its ttl is NOT_FOUND.
+    ``event_ns``, with ``expired=True`` only, has the time of the row found, in nanoseconds since the epoch;
+    where the status is NOT_FOUND it means nothing.
     """
 
     features: pa.Table
     statuses: Mapping[str, np.ndarray]
+    event_ns: Mapping[str, np.ndarray]
 
 
 def point_in_time_join(
@@ -103,18 +106,22 @@ def point_in_time_join(
     rows = entities.num_rows
     tables: list[pa.Table] = []
     statuses: dict[str, np.ndarray] = {}
+    event_ns: dict[str, np.ndarray] = {}
     try:
         for view in views:
             # Where the files give each row a position, nothing depends on the order of a scan.
             con.execute(f"SET preserve_insertion_order = {not view.scan.position}")
-            table, statuses[view.name] = _Join(con, view, keys, key_types, known_by_then, expired).run(rows)
-            tables.append(table)
+            join = _Join(con, view, keys, key_types, known_by_then, expired)
+            tables.append(join.run(rows))
+            statuses[view.name] = join.status
+            if expired:
+                event_ns[view.name] = join.event_ns
     finally:
         con.execute("RESET preserve_insertion_order")
         con.execute("DROP TABLE IF EXISTS entity")
         con.execute("DROP TABLE IF EXISTS found")
     columns = {name: table[name] for table in tables for name in table.column_names}
-    return Joined(pa.table(columns), statuses)
+    return Joined(pa.table(columns), statuses, event_ns)
 
 
 def epoch(expression: str, kind: str, unit: str) -> str:
@@ -219,18 +226,19 @@ class _Join:
             f"{_column(name)} AS f{number}" for number, name in enumerate(view.features.values())
         )
 
-    def run(self, rows: int) -> tuple[pa.Table, np.ndarray]:
-        """The features, one row per entity row, and the view's status per entity row."""
-        status = np.full(rows, FeatureStatus.NOT_FOUND, np.int8)
-        found = self._find(status)
+    def run(self, rows: int) -> pa.Table:
+        """The features, one row per entity row; sets ``status`` and, for expired rows, ``event_ns``."""
+        self.status = np.full(rows, FeatureStatus.NOT_FOUND, np.int8)
+        self.event_ns = np.zeros(rows if self.expired else 0, np.int64)
+        found = self._find()
         table = self._fetch(found) if found else self._no_rows()
         if table.num_rows < rows:
             at = np.full(rows, -1, np.int64)
             at[table["row"].to_numpy()] = np.arange(table.num_rows)
             table = table.combine_chunks().take(pa.array(at, mask=at < 0))
-        return table.drop_columns(["row"]).rename_columns(list(self.view.features)), status
+        return table.drop_columns(["row"]).rename_columns(list(self.view.features))
 
-    def _find(self, status: np.ndarray) -> int:
+    def _find(self) -> int:
         """Create ``found``: per entity row the identity of its newest source row. Return how many count."""
         bounds = self.con.execute(f"SELECT min({self.upper}), max({self.unit}) FROM entity").fetchall()
         lowest, highest = bounds[0]
@@ -264,17 +272,16 @@ class _Join:
             + ("" if self.expired else f" WHERE {fresh}")
         )
         if self.expired:
-            status[self._rows_found()] = FeatureStatus.OUTSIDE_MAX_AGE
+            # The newest row is found whatever its age; what is past its ttl goes only then.
+            found = self.con.execute("SELECT row, t FROM found").fetchnumpy()
+            self.status[found["row"]] = FeatureStatus.OUTSIDE_MAX_AGE
+            self.event_ns[found["row"]] = found["t"] * (1000 // scale)
             self.con.execute(
                 f"DELETE FROM found s WHERE NOT (SELECT {fresh} FROM entity e WHERE e.row = s.row)"
             )
-        rows = self._rows_found()
-        status[rows] = FeatureStatus.PRESENT
-        return len(rows)
-
-    def _rows_found(self) -> np.ndarray:
-        rows: np.ndarray = self.con.execute("SELECT row FROM found").fetchnumpy()["row"]
-        return rows
+        found_rows = self.con.execute("SELECT row FROM found").fetchnumpy()["row"]
+        self.status[found_rows] = FeatureStatus.PRESENT
+        return len(found_rows)
 
     def _fetch(self, found: int) -> pa.Table:
         """The features of the rows in ``found``, behind their row numbers, in order."""

@@ -6,19 +6,24 @@ Knows Feast's objects and no SQL of the join; ``core.offline`` is Feast's interf
 # ruff: noqa: S608  SQL is built from identifiers quoted by core.source.identifier and from numbers
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from feast import FeatureView, OnDemandFeatureView, RepoConfig
+from feast import FeatureView, Field, OnDemandFeatureView, RepoConfig
+from feast.data_source import DataSource
 from feast.feature_view import DUMMY_ENTITY_ID
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.type_map import feast_value_type_to_pa
 
 from core.errors import EntityFrameError, InvalidSource
 from core.point_in_time import ViewJoin, within
@@ -123,9 +128,9 @@ def _timestamp_column(table: pa.Table) -> str:
 
 
 def join_keys(view: FeatureView) -> dict[str, str]:
-    """The view's join keys and what the entity rows call them."""
+    """What the entity rows call the view's join keys, and the keys."""
     return {
-        column.name: view.projection.join_key_map.get(column.name, column.name)
+        view.projection.join_key_map.get(column.name, column.name): column.name
         for column in view.entity_columns
         if column.name != DUMMY_ENTITY_ID
     }
@@ -134,26 +139,58 @@ def join_keys(view: FeatureView) -> dict[str, str]:
 def view_join(
     con: duckdb.DuckDBPyConnection,
     config: RepoConfig,
-    view: FeatureView,
-    features: list[str],
-    full_feature_names: bool,
+    source: DataSource | None,
+    *,
+    name: str,
+    keys: Mapping[str, str],
+    features: Mapping[str, str],
+    ttl: timedelta | None,
 ) -> ViewJoin:
-    source = view.batch_source
+    """One view's side of the join: ``keys`` and ``features`` map names of the result to the view's own."""
     if source is None:
-        raise InvalidSource(f"Feature view {view.name!r} has no batch source.", hint="Give it a FileSource.")
+        raise InvalidSource(f"Feature view {name!r} has no batch source.", hint="Give it a FileSource.")
     table = scan(con, source, config.repo_path)
-    prefix = f"{view.projection.name_alias or view.name}__" if full_feature_names else ""
     mapping = source.field_mapping or {}
     created = source.created_timestamp_column
     return ViewJoin(
-        name=view.projection.name_to_use(),
+        name=name,
         scan=table,
-        keys={asked: table.column(key, mapping) for key, asked in join_keys(view).items()},
-        features={prefix + feature: table.column(feature, mapping) for feature in features},
+        keys={asked: table.column(key, mapping) for asked, key in keys.items()},
+        features={asked: table.column(feature, mapping) for asked, feature in features.items()},
         timestamp=table.column(source.timestamp_field, mapping),
         created=table.column(created, mapping) if created else None,
-        ttl=view.ttl or timedelta(0),
+        ttl=ttl or timedelta(0),
     )
+
+
+def on_demand_views(references: list[str], project: str, registry: BaseRegistry) -> list[OnDemandFeatureView]:
+    """The on-demand views among feature references, each able to transform a table.
+
+    Feast calls the function of a singleton view, which takes one row, with whole columns; here it gets rows.
+    """
+    views = OnDemandFeatureView.get_requested_odfvs(references, project, registry)
+    return [_row_by_row(view) if view.singleton and view.mode == "python" else view for view in views]
+
+
+def _row_by_row(view: OnDemandFeatureView) -> OnDemandFeatureView:
+    changed = copy.copy(view)
+    changed.feature_transformation = _Singleton(view.feature_transformation.udf)
+    return changed
+
+
+class _Singleton:
+    """Stands in for Feast's transformation where only tables are transformed."""
+
+    def __init__(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._function = function
+
+    def transform_arrow(self, table: pa.Table, features: Sequence[Field]) -> pa.Table:
+        results = [self._function(row) for row in table.to_pylist()]
+        columns = {}
+        for feature in features:
+            kind = feast_value_type_to_pa(feature.dtype.to_value_type())
+            columns[feature.name] = pa.array([result[feature.name] for result in results], kind)
+        return pa.table(columns)
 
 
 def keys_seen(
