@@ -213,7 +213,8 @@ class _Join:
             sides = comparable(f"e.{name}", kind, _column(source_key), source_kind)
             if sides is None:
                 raise EntityFrameError(
-                    f"Key {key!r} is {kind} in the entity rows, {source_kind} in the source of {view.name!r}.",
+                    f"Key {key!r} is {kind} in the entity rows, {source_kind} in the source of "
+                    f"{view.name!r}.",
                     hint=f"Convert the column {key!r} of the entity rows.",
                 )
             self.entity_keys.append(sides[0])
