@@ -36,6 +36,7 @@ BanquetError
 ├── CorruptCell                 a stored value is not what Feast would have stored
 ├── RedisReplyError             Redis refused a command (WRONGTYPE and the like)
 ├── OnDemandFailed              an on-demand view's function failed on a row
+├── PredictionFailed            the model failed on a row, or gave no number
 └── Unavailable                 a dependency is away; retryable
     ├── RedisUnavailable
     │   └── RedisAccessDenied   the password, the user or its permissions; not retryable
@@ -211,6 +212,10 @@ class RedisReplyError(BanquetError):
 
 class OnDemandFailed(BanquetError):
     """An on-demand view failed."""
+
+
+class PredictionFailed(BanquetError):
+    """The model gives no prediction for this row."""
 
 
 class Unavailable(BanquetError):

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.compiled import MAX_DIFFERENCE, OnnxRunner, Runner, SklearnRunner
-from core.errors import GoldenMismatch, LibraryMismatch, SchemaMismatch
+from core.errors import GoldenMismatch, LibraryMismatch, PredictionFailed, SchemaMismatch
 from core.manifest import Default, ModelManifest, Policy, ServedFeature, ServiceSchema
 from core.registry import ModelRegistry
 from core.types import Dtype
@@ -34,11 +35,18 @@ _GOLDEN_TOLERANCE = 2 * MAX_DIFFERENCE
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Per row a label (a class or a value), and the probability of that class where the model gives one."""
+    """Per row a label (a class or a value), and the probability of that class where the model gives one.
+
+    ``probabilities`` has shape (rows, classes). What a row in ``errors`` has in the others means nothing.
+    """
 
     labels: list[Any]
     confidences: list[float] | None
     probabilities: NDArray[Any] | None
+    errors: Mapping[int, PredictionFailed]
+
+
+_NO_ERRORS: Mapping[int, PredictionFailed] = MappingProxyType({})
 
 
 class MatrixBuilder:
@@ -139,17 +147,42 @@ class LoadedModel:
         return found
 
     def predict(self, matrix: Matrix) -> Predictions:
-        """Predict every row of the matrix. Safe to call from several threads."""
-        scores = self._runner.scores(matrix)
+        """Predict every row of the matrix. Safe to call from several threads.
+
+        A row on which the model fails, or for which it gives NaN or infinity, is in ``errors`` and spoils
+        no other: several requests may share one call.
+        """
+        try:
+            scores = self._runner.scores(matrix)
+        except Exception as exc:  # noqa: BLE001 — whatever an estimator raises, the other rows get theirs
+            return self._predict_apart(matrix, exc)
         classes = self.manifest.classes
+        errors = _NO_ERRORS if np.isfinite(scores).all() else _not_numbers(scores)
         if not classes:
-            return Predictions(scores.tolist(), None, None)
+            return Predictions(scores.tolist(), None, None, errors)
         if scores.ndim == 1:
-            return Predictions([classes[i] for i in scores.tolist()], None, None)
+            return Predictions([classes[i] for i in scores.tolist()], None, None, errors)
         threshold = self.manifest.threshold
         chosen = scores.argmax(axis=1) if threshold is None else (scores[:, 1] >= threshold).astype(np.int64)
         confidences = scores[np.arange(len(scores)), chosen]
-        return Predictions([classes[i] for i in chosen.tolist()], confidences.tolist(), scores)
+        return Predictions([classes[i] for i in chosen.tolist()], confidences.tolist(), scores, errors)
+
+    def _predict_apart(self, matrix: Matrix, failure: Exception) -> Predictions:
+        """Predict halves of a matrix on which the model failed, down to the rows that it fails on."""
+        if len(matrix) == 1:
+            error = PredictionFailed(hint="Its missing-value policy may need a default or `reject`.")
+            error.__cause__ = failure
+            nothing = np.full((1, len(self.manifest.classes)), np.nan)
+            return Predictions([None], [np.nan], nothing, {0: error})
+        half = len(matrix) // 2
+        first, second = self.predict(matrix[:half]), self.predict(matrix[half:])
+        sure = first.confidences is not None and second.confidences is not None
+        return Predictions(
+            [*first.labels, *second.labels],
+            [*(first.confidences or ()), *(second.confidences or ())] if sure else None,
+            np.concatenate([first.probabilities, second.probabilities]) if sure else None,
+            {**first.errors, **{half + row: error for row, error in second.errors.items()}},
+        )
 
     def check_golden(self) -> None:
         """Predict the recorded rows, which also warms the runner up; raises GoldenMismatch."""
@@ -159,7 +192,9 @@ class LoadedModel:
         values = {name: [row.features[name] for row in golden] for name in self.manifest.feature_names}
         found = self.predict(self.matrix(values, len(golden)))
         for i, row in enumerate(golden):
-            if row.probabilities is not None and found.probabilities is not None:
+            if i in found.errors:
+                difference = math.inf
+            elif row.probabilities is not None and found.probabilities is not None:
                 difference = float(np.abs(found.probabilities[i] - np.array(row.probabilities)).max())
             elif self.manifest.classes:
                 difference = 0.0 if found.labels[i] == row.prediction else 1.0
@@ -223,6 +258,12 @@ def _check_libraries(manifest: ModelManifest) -> None:
             hint=f"Install scikit-learn=={trained}, or train the model anew.",
             library="scikit-learn",
         )
+
+
+def _not_numbers(scores: NDArray[Any]) -> dict[int, PredictionFailed]:
+    finite = np.isfinite(scores) if scores.ndim == 1 else np.isfinite(scores).all(axis=1)
+    message = "The model gives no number for this row."
+    return {row: PredictionFailed(message) for row in np.flatnonzero(~finite).tolist()}
 
 
 def is_missing(value: Any) -> bool:

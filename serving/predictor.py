@@ -144,6 +144,8 @@ class ServedModel:
             taken = (time.perf_counter() - started) / vectors.rows
             # Forgetting slowly keeps one slow call, a garbage collection say, from moving all into threads.
             self._seconds_per_row += 0.05 * (taken - self._seconds_per_row)
+        for row, error in predicted.errors.items():
+            errors.setdefault(row, error)
         confidences = predicted.confidences
         return Answer(
             vectors,

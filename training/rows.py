@@ -5,18 +5,21 @@ Knows pandas and the spec; no estimator, no registry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.dataset import training_dataset
 from core.errors import InvalidModelSpec
 from core.manifest import Default, ServiceSchema, TrainingWindow
-from core.model import MATRIX_DTYPES, is_missing
+from core.model import MATRIX_DTYPES, Matrix, MatrixBuilder, is_missing
+from core.online import FeaturePlan
 from core.repository import FeastRepository
 from core.types import Dtype
-from training.spec import ModelSpec
+from training.spec import MatrixColumns, ModelSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +27,72 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 MAX_CATEGORIES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Everything a model is fitted and judged on; rows are in the order of their event timestamps.
+
+    Attributes:
+        schema: what the feature service serves.
+        frame: entity columns and features, as the point-in-time join gave them.
+        values: each feature's raw values, as ``MatrixBuilder`` takes them.
+        columns: what an estimator's author is told of the matrix.
+        matrix: float64 (rows, features).
+        labels: shape (rows,): classes, or a regressor's values.
+        classes: the distinct labels in order; empty for a regressor.
+        parts: row positions of ``training``, ``calibration`` and ``holdout``.
+        window: the same in times and numbers.
+        dataset_digest: the content digest of the dataset's lock.
+    """
+
+    schema: ServiceSchema
+    frame: pd.DataFrame
+    values: Mapping[str, Any]
+    columns: MatrixColumns
+    matrix: Matrix
+    labels: Array
+    classes: tuple[Any, ...]
+    parts: Mapping[str, Array]
+    window: TrainingWindow
+    dataset_digest: str
+
+
+def gather(repository: FeastRepository, spec: ModelSpec, say: Callable[[str], None]) -> Examples:
+    """Read the spec's entity rows, join the features as of each row's own time, split, make the matrix.
+
+    Raises:
+        InvalidModelSpec: rows, labels or features do not fit the spec.
+        FeatureServiceNotFound: the service is not registered.
+        DatasetMismatch, EntityFrameError: the point-in-time join could not be made.
+    """
+    entities = entity_rows(repository, spec)
+    schema = FeaturePlan.for_service(repository.definitions(), spec.service).schema(spec.service)
+    check_features(schema, spec)
+    say(f"joining {len(entities):,} entity rows with {spec.service}")
+    dataset = training_dataset(repository, spec.service, entities)
+    frame = dataset.frame
+    values = {feature.name: raw_values(frame[feature.name], feature.dtype) for feature in schema.features}
+    parts, window = split_by_time(entities["event_timestamp"], rejected_rows(values, spec), spec)
+    labels, classes = labels_and_classes(entities[spec.label], spec, parts["training"])
+    vocabulary = {
+        feature.name: vocabulary_of(feature.name, values[feature.name], parts["training"])
+        for feature in schema.features
+        if feature.dtype is Dtype.STRING
+    }
+    check_defaults(spec, schema, vocabulary)
+    return Examples(
+        schema=schema,
+        frame=frame,
+        values=values,
+        columns=MatrixColumns(tuple(values), vocabulary),
+        matrix=MatrixBuilder(schema.features, vocabulary, spec.policy).build(values, len(frame)),
+        labels=labels,
+        classes=classes,
+        parts=parts,
+        window=window,
+        dataset_digest=dataset.lock.content_digest,
+    )
 
 
 def entity_rows(repository: FeastRepository, spec: ModelSpec) -> pd.DataFrame:

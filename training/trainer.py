@@ -21,23 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.compiled import SklearnRunner
-from core.dataset import training_dataset
 from core.errors import InvalidModelSpec
 from core.manifest import (
     BASELINE_FILE,
     MODEL_FILE,
+    CompiledForm,
     GoldenRow,
     ModelManifest,
     finite_or_none,
 )
-from core.model import LoadedModel, MatrixBuilder, is_missing
-from core.online import FeaturePlan
+from core.model import LoadedModel, is_missing
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.repository import FeastRepository
-from core.types import Dtype
 from training import evaluation, rows
 from training.compiler import compile_estimator
-from training.spec import MatrixColumns, ModelSpec
+from training.rows import Examples
+from training.spec import ModelSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,55 +86,26 @@ def train(
         DatasetMismatch, EntityFrameError: the point-in-time join could not be made.
     """
     started = time.monotonic()
-    entities = rows.entity_rows(repository, spec)
-    schema = FeaturePlan.for_service(repository.definitions(), spec.service).schema(spec.service)
-    rows.check_features(schema, spec)
-    say(f"joining {len(entities):,} entity rows with {spec.service}")
-    dataset = training_dataset(repository, spec.service, entities)
-    values = {f.name: rows.raw_values(dataset.frame[f.name], f.dtype) for f in schema.features}
-    rejected = rows.rejected_rows(values, spec)
-    parts, window = rows.split_by_time(entities["event_timestamp"], rejected, spec)
+    examples = rows.gather(repository, spec, say)
+    window, parts = examples.window, examples.parts
     say(f"fitting on {window.training_rows:,} rows, judging on the last {window.holdout_rows:,}")
-    labels, classes = rows.labels_and_classes(entities[spec.label], spec, parts["training"])
-    vocabulary = {
-        f.name: rows.vocabulary_of(f.name, values[f.name], parts["training"])
-        for f in schema.features
-        if f.dtype is Dtype.STRING
-    }
-    rows.check_defaults(spec, schema, vocabulary)
-    matrix = MatrixBuilder(schema.features, vocabulary, spec.policy).build(values, len(entities))
-    columns = MatrixColumns(tuple(values), vocabulary)
-    estimator = _fit(spec, columns, matrix, labels, parts)
+    estimator = _fit(spec, examples)
     pickled = _pickled(spec, estimator)
-
-    compiled, graph = compile_estimator(estimator, matrix[_evenly(len(matrix), COMPARED_ROWS)])
-    say(f"runs as {compiled.form}" + (f" ({compiled.reason})" if compiled.reason else ""))
-    draft = ModelManifest(
-        name=spec.name,
-        version=1,
-        created=datetime.now(tz=UTC),
-        description=spec.description,
-        task=spec.task,
-        schema=schema,
-        label=spec.label,
-        classes=classes,
-        threshold=spec.threshold,
-        policies=dict(spec.policy),
-        vocabulary=vocabulary,
-        window=window,
-        dataset_digest=dataset.lock.content_digest,
-        libraries=_libraries(),
-        golden=(),
-        compiled=compiled,
-        artifacts={MODEL_FILE: "0" * 64, compiled.artifact: "0" * 64},
-    )
+    draft = _draft(spec, examples)
     model = LoadedModel(draft, SklearnRunner(estimator))
-    _check_predictions(spec, model, estimator, matrix[parts["holdout"]])
-    recency = None if spec.recency_feature is None else columns.index(spec.recency_feature)
-    metrics, beats = evaluation.judge(model, matrix, labels, parts, recency=recency)
+    _check_predictions(spec, model, estimator, examples.matrix[parts["holdout"]])
+
+    used = np.concatenate(list(parts.values()))
+    compiled, graph = compile_estimator(estimator, examples.matrix[used[_evenly(len(used), COMPARED_ROWS)]])
+    say(f"runs as {compiled.form}" + (f" ({compiled.reason})" if compiled.reason else ""))
+    recency = None if spec.recency_feature is None else examples.columns.index(spec.recency_feature)
+    metrics, beats = evaluation.judge(model, examples.matrix, examples.labels, parts, recency=recency)
     sample = _sample(parts["training"])
-    golden = _golden(model, values, matrix, sample)
-    files = {MODEL_FILE: pickled, BASELINE_FILE: _parquet(dataset.frame.loc[sample, list(values)])}
+    golden = _golden(model, examples, sample)
+    files = {
+        MODEL_FILE: pickled,
+        BASELINE_FILE: _parquet(examples.frame.loc[sample, list(examples.columns.names)]),
+    }
     if graph is not None:
         files[compiled.artifact] = graph
 
@@ -146,6 +116,7 @@ def train(
             created=datetime.now(tz=UTC),
             metrics=finite_or_none(metrics),
             golden=golden,
+            compiled=compiled,
             artifacts=dict(digests),
         )
 
@@ -155,27 +126,48 @@ def train(
     return TrainingReport(manifest, alias, beats, time.monotonic() - started)
 
 
-def _libraries() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+def _draft(spec: ModelSpec, examples: Examples) -> ModelManifest:
+    """The manifest as far as it is known before the model is compiled and judged."""
+    libraries = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            libraries[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return ModelManifest(
+        name=spec.name,
+        version=1,
+        created=datetime.now(tz=UTC),
+        description=spec.description,
+        task=spec.task,
+        schema=examples.schema,
+        label=spec.label,
+        classes=examples.classes,
+        threshold=spec.threshold,
+        policies=dict(spec.policy),
+        vocabulary=examples.columns.vocabulary,
+        window=examples.window,
+        dataset_digest=examples.dataset_digest,
+        libraries=libraries,
+        golden=(),
+        compiled=CompiledForm("sklearn", MODEL_FILE, 0.0, True, 0),
+        artifacts={MODEL_FILE: "0" * 64},
+    )
 
 
-def _fit(
-    spec: ModelSpec, columns: MatrixColumns, matrix: Array, labels: Array, parts: Mapping[str, Array]
-) -> Any:
+def _fit(spec: ModelSpec, examples: Examples) -> Any:
+    def part(name: str) -> tuple[Array, Array]:
+        positions = examples.parts[name]
+        return examples.matrix[positions], examples.labels[positions]
+
     try:
-        estimator = spec.build(columns).fit(matrix[parts["training"]], labels[parts["training"]])
+        estimator = spec.build(examples.columns).fit(*part("training"))
         if spec.calibration is not None:
             from sklearn.calibration import CalibratedClassifierCV
             from sklearn.frozen import FrozenEstimator
 
             estimator = CalibratedClassifierCV(FrozenEstimator(estimator), method=spec.calibration_method)
-            estimator.fit(matrix[parts["calibration"]], labels[parts["calibration"]])
+            estimator.fit(*part("calibration"))
     except InvalidModelSpec:
         raise
     except Exception as exc:
@@ -212,9 +204,12 @@ def _check_predictions(spec: ModelSpec, model: LoadedModel, estimator: Any, matr
     An estimator may well predict another class than its most likely one; here the spec has to say so.
     """
     predicted = model.predict(matrix)
-    numbers = predicted.labels if spec.task == "regression" else predicted.confidences
-    if numbers is not None and not np.isfinite(numbers).all():
-        raise InvalidModelSpec(f"The estimator of model spec {spec.name!r} predicts NaN or infinity.")
+    for row, error in predicted.errors.items():
+        raise InvalidModelSpec(
+            f"The estimator of model spec {spec.name!r} fails on held-out row {row}: "
+            f"{error.__cause__ or error.message}",
+            hint="It must predict any row, with NaN wherever a value can be missing or a category new.",
+        ) from error
     if spec.task == "regression" or spec.threshold is not None:
         return
     if predicted.labels != estimator.predict(matrix).tolist():
@@ -242,10 +237,9 @@ def _parquet(frame: pd.DataFrame) -> bytes:
     return content.getvalue()
 
 
-def _golden(
-    model: LoadedModel, values: Mapping[str, Any], matrix: Array, sample: Array
-) -> tuple[GoldenRow, ...]:
+def _golden(model: LoadedModel, examples: Examples, sample: Array) -> tuple[GoldenRow, ...]:
     """Rows spread over the sample, those that miss most among them, with what the model says."""
+    matrix = examples.matrix
     missing = np.isnan(matrix[sample]).sum(axis=1)
     by_missing = sample[np.argsort(-missing, kind="stable")]
     spread = sample[_evenly(len(sample), GOLDEN_ROWS)]
@@ -253,7 +247,7 @@ def _golden(
     predicted = model.predict(matrix[chosen])
     golden = []
     for i, row in enumerate(chosen):
-        features = {name: _scalar(column[row]) for name, column in values.items()}
+        features = {name: _scalar(column[row]) for name, column in examples.values.items()}
         probabilities = predicted.probabilities
         golden.append(
             GoldenRow(

@@ -354,6 +354,49 @@ def test_a_model_without_probabilities_has_no_confidence() -> None:
     assert loaded([1.5]).predict(ONE).confidences is None
 
 
+class Fragile:
+    """An estimator that takes no NaN, as many do: it fails as a whole when a row has one."""
+
+    def __init__(self, gives: str) -> None:
+        self.gives = gives
+
+    def scores(self, matrix: Array) -> Array:
+        if np.isnan(matrix).any():
+            raise ValueError("Input X contains NaN.")
+        found = matrix[:, 0]
+        if self.gives == "probabilities":
+            return np.column_stack([1 - found, found])
+        return found.astype(np.int64) if self.gives == "classes" else found
+
+
+@pytest.mark.parametrize("gives", ["probabilities", "classes", "values"])
+@pytest.mark.parametrize("bad", [[0], [6], [2, 3], [0, 1, 4, 6], list(range(7))])
+def test_a_row_that_the_model_fails_on_spoils_no_other(gives: str, bad: list[int]) -> None:
+    classes = () if gives == "values" else ("no", "yes")
+    task = "classification" if classes else "regression"
+    model = LoadedModel(packages.manifest(golden=(), task=task, classes=classes), Fragile(gives))
+    matrix = np.ones((7, 2))
+    matrix[bad, 0] = NAN
+    found = model.predict(matrix)
+    assert sorted(found.errors) == bad
+    assert str(found.errors[bad[0]].__cause__) == "Input X contains NaN."
+    good = [row for row in range(7) if row not in bad]
+    assert len(found.labels) == 7
+    assert [found.labels[row] for row in good] == ["yes" if classes else 1.0] * len(good)
+    if gives == "probabilities":
+        assert found.confidences is not None
+        assert found.probabilities is not None
+        assert [found.confidences[row] for row in good] == [1.0] * len(good)
+        assert found.probabilities.shape == (7, 2)
+
+
+def test_a_row_without_a_number_is_an_error() -> None:
+    found = classifier([[0.5, 0.5], [NAN, NAN], [0.1, math.inf]], (0, 1)).predict(np.zeros((3, 2)))
+    assert sorted(found.errors) == [1, 2]
+    assert sorted(loaded([1.0, NAN]).predict(np.zeros((2, 2))).errors) == [1]
+    assert not loaded([1.0, 2.0]).predict(np.zeros((2, 2))).errors
+
+
 def test_golden_rows_of_a_classifier_are_held_to_their_probabilities() -> None:
     values = {"account__spend": 1.0, "account__visits": 1}
 
