@@ -62,8 +62,10 @@ def value(inputs: dict[str, Any]) -> dict[str, Any]:
     ]}
 
 
-numbers = usage[["calls", "minutes", "quality", "plan", "trial", "renewed_at"]]
-churn_v1 = FeatureService(name="churn_v1", features=[numbers, value])
+churn_v1 = FeatureService(
+    name="churn_v1",
+    features=[usage[["calls", "minutes", "quality", "plan", "trial", "renewed_at"]], value],
+)
 with_list = FeatureService(name="with_list", features=[usage[["calls", "devices"]]])
 """
 
