@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from core.errors import BanquetError
@@ -75,7 +76,7 @@ def create_app(
             await writer.close()
             await connection.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Banquet",
         version=version("feast-banquet"),
         summary=f"Features and predictions by entity ID for the Feast project {repository.project!r}.",
