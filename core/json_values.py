@@ -79,10 +79,11 @@ def describe(value: Any) -> str:
     if value is None:
         return "null"
     name = _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-    if isinstance(value, str):
-        text = f'"{value}"'
-    return f"{name}, {text}" if isinstance(value, bool | int | float | str) and len(text) <= 40 else name
+    if not isinstance(value, bool | int | float | str):
+        return name
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return f"{name}, {text}" if len(text) <= 40 else name
 
 
 def moment(value: Any, naive_zone: tzinfo | None = None) -> datetime:

@@ -15,7 +15,7 @@ import orjson
 
 from core import layout
 from core.entities import EntitySchema
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, NotFound
 from core.online import FeaturePlan, FeatureVectors
 from core.repository import DUMMY_JOIN_KEY, Definitions
 from core.types import FeatureStatus, Field
@@ -48,7 +48,12 @@ class OnlineFeaturesEndpoint:
         bodies.check_fields(request, _FIELDS)
         full_names = bodies.flag(request, "full_feature_names")
         with_versions = bodies.flag(request, "include_feature_view_version_metadata")
-        served = self._catalog.features(_wanted(request))
+        wanted = _wanted(request)
+        try:
+            served = self._catalog.features(wanted)
+        except NotFound as exc:
+            exc.details.setdefault("field", "features" if isinstance(wanted, tuple) else "feature_service")
+            raise
         plan = served.plan
         names = plan.names if full_names else _short_names(plan)
         columns, rows, echoed = _entities(request.get("entities"), served, self._catalog.definitions)

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
-from core.manifest import BASELINE_FILE, MODEL_FILE, CompiledForm, ModelManifest, Policy
-from core.online import FeaturePlan
-from core.registry import CHAMPION, ModelRegistry
+from core.manifest import Policy
+from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings
 from tests.support import packages
 from tests.support import shop as source
+from tests.support.champions import champion
 from tests.support.server import banquet
 
 UNKNOWN = 99
@@ -82,25 +82,6 @@ def _content(graph: Any) -> bytes:
     return content
 
 
-def register(
-    repository: FeastRepository, name: str, service: str, graph: bytes, **changes: Any
-) -> ModelManifest:
-    """Register a package and make it the champion."""
-    registry = ModelRegistry(str(repository.path / ".banquet" / "models"))
-    plan = FeaturePlan.for_service(repository.definitions(), service)
-    files = {MODEL_FILE: b"never unpickled", BASELINE_FILE: b"rows", packages.GRAPH_FILE: graph}
-    described = {
-        "name": name,
-        "schema": plan.schema(service),
-        "golden": (),
-        "compiled": CompiledForm("onnx", packages.GRAPH_FILE, 0.0, True, 2),
-        **changes,
-    }
-    manifest = packages.register(registry, files, **described)
-    registry.set_alias(name, CHAMPION, manifest.version)
-    return manifest
-
-
 @pytest.fixture(scope="module")
 def server(valkey: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Models with a request-time input and a policy, with classes that are strings, of numbers, by text."""
@@ -125,14 +106,16 @@ def server(valkey: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ht
         store.materialize(source.NOW - timedelta(days=500), source.NOW, ["behavior", "stock"])
     policies: dict[str, Policy] = {"behavior__spend": "reject"}
     whole: dict[str, Policy] = {"stock__level": "reject"}
-    register(
-        repository, "buys", "spending", probabilities(),
+    registry = ModelRegistry(str(path / "models"))
+    champion(repository, registry, "buys", "spending", probabilities(),
         task="classification", classes=(0, 1), policies=policies, label="buys",
     )  # fmt: skip
-    register(repository, "tier", "visiting", indices(), task="classification", classes=("low", "high"))
-    register(repository, "worth", "visiting", packages.linear_graph([1.0, 2.0]))
-    register(repository, "shelves", "shelves", packages.linear_graph([1.0, 2.0]), policies=whole)
-    with banquet(path, Settings(state_dir=path / ".banquet", max_entities=600)) as client:
+    champion(
+        repository, registry, "tier", "visiting", indices(), task="classification", classes=("low", "high")
+    )
+    champion(repository, registry, "worth", "visiting", packages.linear_graph([1.0, 2.0]))
+    champion(repository, registry, "shelves", "shelves", packages.linear_graph([1.0, 2.0]), policies=whole)
+    with banquet(path, Settings(registry_url=registry.url, max_entities=600)) as client:
         yield client
 
 
