@@ -77,6 +77,28 @@ class ServiceSchema:
     join_keys: tuple[Field, ...]
     request_inputs: tuple[Field, ...] = ()
 
+    def differences(self, serves: ServiceSchema) -> list[str]:
+        """What a model trained on this schema would find changed where ``serves`` is served, sorted."""
+        was = {feature.name: feature for feature in self.features}
+        now = {feature.name: feature for feature in serves.features}
+        problems = [f"{gone} is gone" for gone in was if gone not in now]
+        problems += [f"{new} is new" for new in now if new not in was]
+        for feature in was.keys() & now.keys():
+            if was[feature].dtype is not now[feature].dtype:
+                problems.append(f"{feature} was {was[feature].dtype.name} and is {now[feature].dtype.name}")
+            if was[feature].ttl_seconds != now[feature].ttl_seconds:
+                before, after = was[feature].ttl_seconds, now[feature].ttl_seconds
+                problems.append(f"the ttl of {feature} was {before:g} s and is {after:g} s")
+        if not problems and list(was) != list(now):
+            problems.append("the order of the features changed")
+        if self.service != serves.service:
+            problems.append(f"the feature service is {serves.service}")
+        if self.join_keys != serves.join_keys:
+            problems.append("the join keys changed")
+        if self.request_inputs != serves.request_inputs:
+            problems.append("the request-time inputs changed")
+        return sorted(problems)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingWindow:

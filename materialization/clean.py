@@ -180,7 +180,7 @@ class _Cleaning:
         began = time.monotonic()
         with self._repository.redis.session() as client:
             self._client = client
-            nodes = list(_nodes(client))
+            nodes = list(servers(client))
             self._total = sum(int(node.dbsize()) for node in nodes)
             witnesses = self._witnesses()
             for node in nodes:
@@ -302,7 +302,7 @@ class _Cleaning:
             own = [(key, stored) for key in keys if (stored := layout.stored_key(key)) is not None]
             own = [(key, stored) for key, stored in own if stored.project == self._claims.project]
             self._report.looked += len(own)
-            fields = _answers(node, [("HKEYS", key) for key, _ in own])
+            fields = answers(node, [("HKEYS", key) for key, _ in own])
             suspects = []
             for (key, stored), names in zip(own, fields, strict=True):
                 if not names:
@@ -318,7 +318,7 @@ class _Cleaning:
         looks = [("HMGET", key, *verdict.timestamps, b"") for key, verdict in suspects]
         now_ns = time.time_ns()
         work = []
-        for (key, verdict), cells in zip(suspects, _answers(node, looks), strict=True):
+        for (key, verdict), cells in zip(suspects, answers(node, looks), strict=True):
             if cells is None:
                 continue
             stamps = {f: c for f, c in zip(verdict.timestamps, cells, strict=False) if c is not None}
@@ -356,7 +356,7 @@ class _Cleaning:
         if not self._definitions_checked and any(v.orphan_fields and v.living for _, v, _ in work):
             self._forget_outdated_loads()
             self._definitions_checked = True
-        (sha,) = _answers(node, [("SCRIPT", "LOAD", _REMOVE)])
+        (sha,) = answers(node, [("SCRIPT", "LOAD", _REMOVE)])
         calls: list[tuple[Any, ...]] = []
         for key, _, groups in work:
             sides = [group.side for group in groups if group.side is not None]
@@ -370,7 +370,7 @@ class _Cleaning:
         if self._definitions_changed():
             self._report.rewritten += len(work)
             return
-        for (_, verdict, groups), removed in zip(work, _answers(node, calls), strict=True):
+        for (_, verdict, groups), removed in zip(work, answers(node, calls), strict=True):
             self._count(verdict, groups, removed or [-1] * len(groups))
 
     def _count(self, verdict: Verdict, groups: Sequence[_Group], removed: Sequence[int]) -> None:
@@ -410,12 +410,12 @@ class _Cleaning:
         from redis.exceptions import RedisError
 
         try:
-            answers = _answers(node, calls)
+            found = answers(node, calls)
         except RedisError:  # MEMORY is a command that managed services and ACLs may withhold
             self._report.bytes = None
             return
         for (key, sizes, place, gone, fields), used, pairs in zip(
-            measured, answers[::2], answers[1::2], strict=True
+            measured, found[::2], found[1::2], strict=True
         ):
             if used is None or not pairs:
                 continue
@@ -459,7 +459,7 @@ _ENTRY_OVERHEAD = 4
 _KEY_OVERHEAD = 60
 
 
-def _nodes(client: Any) -> Iterator[Any]:
+def servers(client: Any) -> Iterator[Any]:
     """A client for each server that holds keys."""
     from redis.cluster import RedisCluster
 
@@ -470,7 +470,7 @@ def _nodes(client: Any) -> Iterator[Any]:
         yield client
 
 
-def _answers(node: Any, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+def answers(node: Any, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """The answers to some commands in one round trip; None for a key that moved or became something else."""
     from redis.exceptions import AskError, ResponseError
 
@@ -479,15 +479,15 @@ def _answers(node: Any, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     pipeline = node.pipeline(transaction=False)
     for call in calls:
         pipeline.execute_command(*call)
-    answers: list[Any] = pipeline.execute(raise_on_error=False)
-    for place, answer in enumerate(answers):
+    found: list[Any] = pipeline.execute(raise_on_error=False)
+    for place, answer in enumerate(found):
         if isinstance(answer, AskError) or (
             isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
         ):
-            answers[place] = None
+            found[place] = None
         elif isinstance(answer, Exception):
             raise answer
-    return answers
+    return found
 
 
 def _escaped(text: bytes) -> bytes:

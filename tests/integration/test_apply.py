@@ -42,7 +42,7 @@ def test_the_plan_names_what_is_added_changed_and_removed_and_is_empty_after(
 
     repository = edit(repository, "ttl=timedelta(days=30)", "ttl=timedelta(days=31)")
     changed = apply.plan(repository).changes
-    assert [(c.action, c.name, c.details) for c in changed] == [("changed", "visits", ("ttl",))]
+    assert [(c.action, c.name, c.details) for c in changed] == [("changed", "visits", ("ttl 30 d -> 31 d",))]
     apply.apply(repository, apply.plan(repository))
 
     repository = edit(
