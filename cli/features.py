@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from core.repository import FeastRepository
     from materialization.apply import ApplyPlan
+    from materialization.clean import CleanReport
+    from materialization.impact import BrokenModel, Impact
     from materialization.report import Progress, RunReport, ViewReport
 
 _SIGNS = {"added": ("+", "green"), "changed": ("~", "yellow"), "removed": ("-", "red")}
@@ -38,50 +41,165 @@ def moment(value: str) -> datetime:
 
 
 def describe(planned: ApplyPlan) -> str:
-    """The plan as text, one object a line."""
+    """The plan as text, one object a line, its features below it."""
     if not planned.changes:
         return "No changes: the registry matches the definitions."
     lines = []
     for change in planned.changes:
         sign, color = _SIGNS[change.action]
-        details = f" ({', '.join(change.details)})" if change.details else ""
+        details = f" ({'; '.join(change.details)})" if change.details else ""
         lines.append(click.style(f"  {sign} {change.kind} {change.name}{details}", fg=color))
+        for feature in change.features:
+            sign, color = _SIGNS[feature.action]
+            details = f" ({'; '.join(feature.details)})" if feature.details else ""
+            lines.append(click.style(f"      {sign} {feature.name}{details}", fg=color))
+    return "\n".join(lines)
+
+
+def describe_impact(found: Impact) -> str:
+    """What the plan costs in Redis, in the lines that there is something to say about."""
+    lines = []
+    for entry in found.growth:
+        what = f"{entry.view}: {', '.join(entry.features)}" if entry.features else entry.view
+        rows = "an unknown number of rows" if entry.rows is None else f"{entry.rows:,} rows"
+        size = "memory unknown" if entry.bytes is None else f"about {entry.bytes / 1e6:,.1f} MB of Redis"
+        lines.append(f"  {what}: {rows}, {size}" + (f" ({entry.unknown})" if entry.unknown else ""))
+    if found.orphans is not None and found.orphans.fields:
+        left = found.orphans
+        rows = "".join(f", {count:,} rows of {view}" for view, count in sorted(left.rows.items()))
+        about = "" if left.exact else f"about, from {left.looked_at:,} of {left.total:,} keys: "
+        lines.append(
+            f"  orphaned in Redis: {about}{left.fields:,} fields, {left.keys:,} whole keys{rows}; "
+            "`banquet clean` removes them"
+        )
+    if found.unknown:
+        lines.append(f"  orphaned in Redis: unknown ({found.unknown})")
     return "\n".join(lines)
 
 
 def apply_definitions(repository: FeastRepository) -> ApplyPlan:
-    """Plan, then apply where there is something to apply."""
-    from materialization import apply
+    """Plan, then apply where there is something to apply; raises SchemaMismatch rather than break a model."""
+    from cli.models import open_registry
+    from materialization import apply, impact
 
     planned = apply.plan(repository)
     if planned.changes:
+        impact.refuse_broken_models(impact.broken_models(repository, planned, open_registry()))
         apply.apply(repository, planned)
     return planned
 
 
 @main.command()
 @click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
+@click.option("--break-models", is_flag=True, help="Apply though registered models would not load any more.")
 @click.pass_obj
-def apply(ctx: Context, dry_run: bool) -> None:
-    """Show what changed in the definitions, then register it (`feast apply`)."""
+def apply(ctx: Context, dry_run: bool, break_models: bool) -> None:
+    """Show what changed in the definitions and what it costs, then register it (`feast apply`)."""
+    from dataclasses import asdict
+
+    from cli.models import open_registry
+    from core.errors import RegistryUnavailable
     from core.repository import FeastRepository
-    from materialization import apply
+    from materialization import apply, impact
 
     repository = FeastRepository.open(ctx.repo)
     planned = apply.plan(repository)
+    cost = impact.impact(repository, planned)
+    models: tuple[BrokenModel, ...] | None
+    try:
+        models = impact.broken_models(repository, planned, open_registry())
+    except RegistryUnavailable as exc:
+        if not (dry_run or break_models):
+            raise
+        models, unknown = None, exc.message
     if not ctx.as_json:
-        click.echo(describe(planned))
-    if planned.changes and not dry_run:
-        apply.apply(repository, planned)
-    changes = [
-        {"action": c.action, "kind": c.kind, "name": c.name, "details": list(c.details)}
-        for c in planned.changes
-    ]
+        click.echo("\n".join(filter(None, [describe(planned), describe_impact(cost)])))
+        if models is None:
+            click.secho(f"  models that this would break: unknown ({unknown})", fg="yellow")
+        for model in models or ():
+            click.secho(f"  ! would break model {model}", fg="red")
+    if models and not break_models:
+        impact.refuse_broken_models(models)
     applied = bool(planned.changes) and not dry_run
+    if applied:
+        apply.apply(repository, planned)
     if ctx.as_json:
-        ctx.report({"applied": applied, "changes": changes}, "")
+        broken = None if models is None else [asdict(model) for model in models]
+        changes = [asdict(change) for change in planned.changes]
+        ctx.report(
+            {"applied": applied, "changes": changes, "redis": cost.as_json(), "broken_models": broken}, ""
+        )
     elif applied:
-        click.echo(f"Applied {len(changes)} changes to project {repository.project}.")
+        click.echo(f"Applied {len(planned.changes)} changes to project {repository.project}.")
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Show what would be removed and remove nothing.")
+@click.option(
+    "--expired-for", default="0s", show_default=True, help="Keep expired rows this much longer: 90s, 36h, 7d."
+)
+@click.option(
+    "--rate",
+    default=20_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Most keys to pass per second.",
+)
+@click.option("--whole-project", is_flag=True, help="Allow it where no view is registered: removes all rows.")
+@click.pass_obj
+def clean(ctx: Context, dry_run: bool, expired_for: str, rate: int, whole_project: bool) -> None:
+    """Remove from Redis what no definition claims any more, and rows past their ttl."""
+    from core.repository import FeastRepository
+    from materialization.clean import CleanProgress
+    from materialization.clean import clean as remove
+
+    run = partial(
+        remove,
+        FeastRepository.open(ctx.repo),
+        dry_run=dry_run,
+        expired_for=duration(expired_for),
+        keys_per_second=rate,
+        whole_project=whole_project,
+    )
+    if ctx.as_json or not sys.stderr.isatty():
+        report = run()
+    else:
+        with click.progressbar(length=1, label="  clean", file=sys.stderr) as bar:
+
+            def observe(progress: CleanProgress) -> None:
+                bar.length = max(progress.total, 1)
+                bar.update(progress.passed - bar.pos)
+
+            report = run(observe=observe)
+    ctx.report(report.as_json(), _cleaned(report))
+
+
+def duration(text: str) -> timedelta:
+    """A span of time such as 90s, 15m, 36h or 7d.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    if not text[:-1].isdecimal() or text[-1] not in units:
+        raise InvalidRequest(f"{text!r} is not a duration.", hint="Write it as 90s, 15m, 36h or 7d.")
+    return timedelta(seconds=int(text[:-1]) * units[text[-1]])
+
+
+def _cleaned(report: CleanReport) -> str:
+    lines = [
+        f"  {rows:,} rows of {view}, which no definition has" for view, rows in report.removed_views.items()
+    ]
+    if report.features:
+        lines.append(f"  {report.features:,} fields of features that no definition has")
+    lines += [f"  {rows:,} rows of {view} past their ttl" for view, rows in report.expired.items()]
+    if report.rewritten:
+        lines.append(f"  left alone, because they were being written: {report.rewritten:,}; run it again")
+    lines += [f"  left alone, because a materialization holds it: {view}" for view in report.busy]
+    size = "" if report.bytes is None else f", about {report.bytes / 1e6:,.1f} MB"
+    verb = "To remove" if report.dry_run else "Removed"
+    total = f"{verb}: {report.fields:,} fields, {report.keys:,} whole keys{size}"
+    return "\n".join([*lines, f"{total}; {report.looked:,} keys of the project looked at."])
 
 
 @main.command()
