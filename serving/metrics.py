@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import os
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+# Where workers share their counts; prometheus_client reads it when it is first imported.
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _LATENCY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -44,7 +49,11 @@ class RequestMetrics:
             registry=self.registry,
         )
         self._versions = Gauge(
-            "banquet_model_version", "Version that serves.", ["model", "alias"], registry=self.registry
+            "banquet_model_version",
+            "Version that serves.",
+            ["model", "alias"],
+            registry=self.registry,
+            multiprocess_mode="livemostrecent",
         )
         self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._row_children: dict[tuple[str, int], Counter] = {}
@@ -87,6 +96,15 @@ class RequestMetrics:
         self._versions.labels(model, alias).set(version)
 
     def text(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        found: bytes = generate_latest(self.registry)
+        """The metrics of every worker in Prometheus' text format."""
+        registry = self.registry
+        if os.environ.get(SHARED_FOLDER):
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        found: bytes = generate_latest(registry)
         return found
+
+
+def forget_worker(process_id: int) -> None:
+    """Drop the gauges of a worker that has ended; what it counted stays counted."""
+    mark_process_dead(process_id)  # type: ignore[no-untyped-call]

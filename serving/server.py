@@ -20,6 +20,7 @@ from core.repository import FeastRepository
 from core.settings import Settings, load_settings
 from serving.app import create_app
 from serving.endpoints import App
+from serving.metrics import forget_worker
 from serving.protocol import HotProtocol
 
 # How every worker runs. Parsers and loop in C; the access log would cost more than a prediction does.
@@ -76,7 +77,7 @@ def _serve_with_gunicorn(repo: Path, host: str, port: int, workers: int, setting
     from uvicorn_worker import UvicornWorker
 
     class Worker(UvicornWorker):  # type: ignore[misc]
-        CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, "loop": "uvloop", "http": HotProtocol}  # noqa: RUF012
+        CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, **UVICORN}  # noqa: RUF012
 
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
@@ -86,6 +87,7 @@ def _serve_with_gunicorn(repo: Path, host: str, port: int, workers: int, setting
             # The modules are loaded once, before the workers fork; connections and models after.
             self.cfg.set("preload_app", False)
             self.cfg.set("loglevel", "warning")
+            self.cfg.set("child_exit", lambda _, worker: forget_worker(worker.pid))
 
         def load(self) -> App:
             return build_app(repo, settings)
