@@ -1,15 +1,18 @@
-"""Commands that run things: up, serve, redis."""
+"""Commands that run things: up, serve, stream, redis."""
 
 from __future__ import annotations
 
+import json
+import os
 import pkgutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from core.embedded import EmbeddedRedis, RedisState
     from core.repository import FeastRepository
     from core.settings import Settings
+    from materialization.stream import StreamReport
 
 _HOST = "127.0.0.1"
 _PORT = 8000
@@ -33,9 +37,15 @@ _PORT = 8000
 def serve(ctx: Context, host: str, port: int, workers: int) -> None:
     """Serve features and predictions over HTTP."""
     from core.settings import load_settings
-    from serving.server import serve as run
 
-    run(ctx.repo, host=host, port=port, workers=workers, settings=load_settings())
+    settings = load_settings()
+    with tempfile.TemporaryDirectory(prefix="banquet-metrics-") as folder:
+        if workers > 1:
+            # Before anything imports prometheus_client, which decides then how workers count.
+            os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        from serving.server import serve as run
+
+        run(ctx.repo, host=host, port=port, workers=workers, settings=settings)
 
 
 @main.command()
@@ -107,6 +117,87 @@ def _redis_line(state: RedisState) -> str:
         return f"nobody listens at {state.address}"
     kind = ", embedded" if state.embedded else ""
     return f"{state.version} at {state.address}{kind}"
+
+
+@main.command()
+@click.option("--stream", help="Redis key of the stream.  [default: banquet:events:<project>]")
+@click.option(
+    "--group", default="banquet", show_default=True, help="Consumer group; its members share the work."
+)
+@click.option("--consumer", help="Name in the group, if not one of this process.")
+@click.option(
+    "--to",
+    default="online_and_offline",
+    show_default=True,
+    type=click.Choice(["online", "offline", "online_and_offline"]),
+    help="Where the rows go.",
+)
+@click.option(
+    "--append-seconds", default=5.0, show_default=True, help="Gather rows this long for the offline store."
+)
+@click.option(
+    "--max-length", default=100_000, show_default=True, help="Acknowledged entries that stay; -1: all."
+)
+@click.option("--dead-letters", help="Redis key of the stream of refused events.  [default: {<stream>}:dead]")
+@click.option("--report-seconds", default=10.0, show_default=True, help="Seconds between reports of the lag.")
+@click.pass_obj
+def stream(
+    ctx: Context,
+    stream: str | None,
+    group: str,
+    consumer: str | None,
+    to: Literal["online", "offline", "online_and_offline"],
+    append_seconds: float,
+    max_length: int,
+    dead_letters: str | None,
+    report_seconds: float,
+) -> None:
+    """Write the events of a Redis Stream online and offline until Ctrl-C; bad ones become dead letters."""
+    from core.repository import FeastRepository
+    from materialization.stream import StreamConsumer, StreamOptions
+
+    def observe(report: StreamReport) -> None:
+        if ctx.as_json:
+            click.echo(json.dumps({"event": "report", **report.as_json()}))
+        else:
+            ctx.say(_stream_line(report))
+
+    options = StreamOptions(
+        stream=stream,
+        group=group,
+        consumer=consumer,
+        to=to,
+        append_seconds=append_seconds,
+        max_length=None if max_length < 0 else max_length,
+        dead_stream=dead_letters,
+        report_seconds=report_seconds,
+    )
+    consumer_ = StreamConsumer(FeastRepository.open(ctx.repo), options, observe=observe)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: consumer_.stop())
+    place = consumer_.place
+    ctx.say(f"Reading {place.stream} as {place.consumer} of group {place.group}.")
+    ctx.say(f"Dead letters go to {place.dead_stream}.")
+    report = consumer_.run()
+    if ctx.as_json:
+        click.echo(json.dumps({"event": "summary", **report.as_json()}))
+    else:
+        click.echo(_stream_line(report))
+    if report.waiting_rows:
+        sys.exit(1)
+
+
+def _stream_line(report: StreamReport) -> str:
+    counts, lag = report.counts, report.lag_entries
+    behind = "lag unknown" if lag is None else f"lag {lag:,} entries"
+    if report.lag_seconds is not None:
+        behind += f", {report.lag_seconds:.1f} s"
+    delays = "".join(f", {name} {value:,.0f} ms" for name, value in report.online_ms.items())
+    text = (
+        f"{report.per_second:,.0f} events/s; {behind}; {counts.written:,} rows written online{delays}; "
+        f"{counts.appended:,} appended, {report.waiting_rows:,} waiting; {counts.refused:,} dead letters"
+    )
+    return f"{text}; offline store: {report.error}" if report.error else text
 
 
 @main.group()
