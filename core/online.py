@@ -170,6 +170,7 @@ class FeaturePlan:
         seen = set()
         for reference in references:
             view, colon, feature = reference.partition(":")
+            view = view.removesuffix("@latest")
             base, _, version = view.partition("@v")
             if not colon or not base or not feature or ("@" in view and not version.isdigit()):
                 raise InvalidRequest(
@@ -177,9 +178,9 @@ class FeaturePlan:
                     hint="Write it as view:feature, or view@v2:feature for a pinned version.",
                     field="features",
                 )
-            if reference in seen:
+            if (view, feature) in seen:
                 raise InvalidRequest(f"Feature {reference!r} is asked for twice.", field="features")
-            seen.add(reference)
+            seen.add((view, feature))
             pinned = int(version) if version else None
             projections.append(Projection(base, view, (feature,), {}, pinned))
         return cls(definitions, projections)

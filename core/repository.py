@@ -143,12 +143,12 @@ class Definitions:
             FeatureNotFound: there is none.
         """
         found: View | OnDemandView | None
-        if version:
+        if version is not None:
             found = self.pinned.get((name, version))
         else:
             found = self.views.get(name) or self.on_demand.get(name)
         if found is None:
-            wanted = f"{name}@v{version}" if version else name
+            wanted = name if version is None else f"{name}@v{version}"
             known = ", ".join(sorted({*self.views, *self.on_demand})) or "none; run `banquet apply`"
             raise FeatureNotFound(f"There is no feature view {wanted!r}.", hint=f"Known views: {known}.")
         return found

@@ -125,7 +125,9 @@ def test_repeated_entities_are_read_once_and_answered_each(shop: Path, definitio
 def test_on_demand_features_run_in_every_mode_and_pass_missing_inputs_on(
     shop: Path, definitions: Any
 ) -> None:
-    plan = FeaturePlan.for_references(definitions, ["basket:share", "decades:decade", "rates:spend_per_visit"])
+    plan = FeaturePlan.for_references(
+        definitions, ["basket:share", "decades:decade", "rates:spend_per_visit"]
+    )
     assert list(plan.request_inputs) == ["amount"]
     vectors = read(shop, plan, {"user_id": [1, 2, UNKNOWN], "amount": [5.0, 1.0, 2.0]})
     assert vectors.values["basket__share"] == [0.4, None, None]

@@ -24,7 +24,7 @@ offline_store:
 entity_key_serialization_version: 3
 """
 
-_DEFINITIONS = '''\
+_DEFINITIONS = """\
 from datetime import timedelta
 from typing import Any
 
@@ -116,11 +116,15 @@ renamed = FeatureService(
         profile[["age", "city"]].with_name("seller").with_join_key_map({"user_id": "seller_id"}),
     ],
 )
-'''
+"""
 
 
 def write(
-    path: Path, connection_string: str, *, project: str = "shop", offline: str = "core.offline.BanquetOfflineStore"
+    path: Path,
+    connection_string: str,
+    *,
+    project: str = "shop",
+    offline: str = "core.offline.BanquetOfflineStore",
 ) -> Path:
     """Write the repository and its sources below ``path``; returns ``path``."""
     path.mkdir(parents=True, exist_ok=True)

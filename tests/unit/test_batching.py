@@ -51,9 +51,7 @@ def test_a_batch_never_exceeds_its_rows_unless_one_job_does() -> None:
 def test_a_bad_job_fails_alone() -> None:
     async def scenario() -> None:
         batcher = MicroBatcher(Doubler(), max_rows=100)
-        results = await asyncio.gather(
-            *(batcher.submit(n, 1) for n in (1, -1, 3)), return_exceptions=True
-        )
+        results = await asyncio.gather(*(batcher.submit(n, 1) for n in (1, -1, 3)), return_exceptions=True)
         assert results[0] == 2
         assert results[2] == 6
         assert isinstance(results[1], ValueError)
