@@ -145,6 +145,12 @@ class Ledger:
         witnesses = self._read("witnesses")
         return bool(witnesses) and not any(self.client.exists(bytes.fromhex(key)) for key in witnesses)
 
+    def holder(self) -> dict[str, Any] | None:
+        """The living process that holds the view now, if any."""
+        token = self.client.get(self.lease_key)
+        holder = None if token is None else json.loads(token)
+        return None if holder is None or has_died(holder) else holder
+
     def recall(self, name: str) -> Any:
         """A value that was recorded, or None."""
         return self._read(name)

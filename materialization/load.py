@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.layout_rows import RowEncoder
+import hiredis
+
+from core.layout_rows import EncodedRows, RowEncoder, assemble
 from core.repository import View
 from core.types import Field
 from core.write import Fence, OnlineWriter, PendingWrite, WriteResult
@@ -23,6 +25,13 @@ def row_encoder(project: str, view: View) -> RowEncoder:
     """The encoder of a view's staged rows."""
     features = [Field(feature.name, feature.dtype) for feature in view.features]
     return RowEncoder(project, view.stored_name, view.join_keys, features, EVENT)
+
+
+def stored_cells(rows: EncodedRows) -> list[list[bytes]]:
+    """Per row the values of its hash fields, the timestamp first, then the view's features."""
+    reader = hiredis.Reader()
+    reader.feed(assemble(len(rows), *rows.fields).data.tobytes())
+    return [[reader.gets() for _ in range(2 * rows.field_count)][1::2] for _ in range(len(rows))]
 
 
 @dataclass(frozen=True, slots=True)

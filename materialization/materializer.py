@@ -17,6 +17,7 @@ import duckdb
 
 from core.errors import BanquetError, GateFailed
 from core.redis import RedisAddress
+from core.repository import View
 from core.source import connect
 from core.write import Fence, OnlineWriter, WriteResult
 from materialization import views
@@ -90,14 +91,23 @@ class Materializer:
             AlreadyRunning: another run holds the view and did not end within ``request.wait_seconds``.
             BanquetError: as the source, the encoding and Redis raise.
         """
-        stored = views.stored_view(view, self._config)
+        stored = self.stored_view(view)
         with self.address.session() as client, self.connection() as con:
-            ledger = Ledger(client, self._config.project, stored.stored_name)
+            ledger = Ledger(client, self.project, stored.stored_name)
             task = _Task(self, view, ledger, con, request)
             if request.dry_run:
                 return task.preview()
             with ledger.lease(request.wait_seconds) as fence:
                 return task.run(fence)
+
+    @property
+    def project(self) -> str:
+        """The Feast project."""
+        return str(self._config.project)
+
+    def stored_view(self, view: FeatureView) -> View:
+        """The view as it lies in the online store."""
+        return views.stored_view(view, self._config)
 
     @contextmanager
     def writer(self) -> Iterator[OnlineWriter]:
@@ -105,7 +115,7 @@ class Materializer:
         online = self._config.online_store
         with OnlineWriter(
             self.address,
-            self._config.project,
+            self.project,
             key_ttl_seconds=online.key_ttl_seconds,
             unchecked=online.skip_dedup,
         ) as writer:
@@ -133,7 +143,7 @@ class Materializer:
         """What the staged rows will add to Redis's memory, in bytes."""
         if not staged.rows:
             return 0
-        sample = row_encoder(self._config.project, staged.view).encode(staged.sample(SAMPLE_ROWS))
+        sample = row_encoder(self.project, staged.view).encode(staged.sample(SAMPLE_ROWS))
         return estimate_bytes(client, staged.rows, sample, staged.view.stored_name)
 
 
@@ -288,7 +298,11 @@ class _Task:
         if run.complete:
             loaded = Loaded(self._definition, run.window.end_us, run.arrived_ns, run.source)
         report = self._report(run, staged, result, gate=gate)
-        records: dict[str, Any] = {"report": report.as_json()}
+        records: dict[str, Any] = {"report": {**report.as_json(), "at": datetime.now(UTC).isoformat()}}
+        newest = [
+            us for us in (self._ledger.recall("newest_event_us"), staged.newest_event_us) if us is not None
+        ]
+        records["newest_event_us"] = max(newest, default=None)
         if gate is not None:
             records["gate"] = self._gate_record(gate)
         if staged.rows and (gate is None or gate.passed):

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import hiredis
-
 from core import layout
-from core.layout_rows import EncodedRows, assemble
+from core.layout_rows import EncodedRows
+from materialization.load import stored_cells
 
 SAMPLE_ROWS = 500
 
@@ -69,7 +68,12 @@ def estimate_bytes(client: Any, rows: int, sample: EncodedRows, stored_view: str
         pipeline.memory_usage(key)
     replies = pipeline.execute()
     total = 0
-    for key, parts, (event,), used in zip(keys, _fields(sample), replies[::2], replies[1::2], strict=True):
+    names = [b"    "] * sample.field_count
+    names[0] = layout.timestamp_field(stored_view)
+    for key, cells, (event,), used in zip(
+        keys, stored_cells(sample), replies[::2], replies[1::2], strict=True
+    ):
+        parts = [part for pair in zip(names, cells, strict=True) for part in pair]
         if event is not None:
             continue
         if used is not None:
@@ -77,13 +81,6 @@ def estimate_bytes(client: Any, rows: int, sample: EncodedRows, stored_view: str
         else:
             total += _hash_bytes(key, parts, server)
     return round(total * rows / len(keys))
-
-
-def _fields(sample: EncodedRows) -> list[list[bytes]]:
-    """Per row, its fields and values in turn."""
-    reader = hiredis.Reader()
-    reader.feed(assemble(len(sample), *sample.fields).data.tobytes())
-    return [[reader.gets() for _ in range(2 * sample.field_count)] for _ in range(len(sample))]
 
 
 def _server(client: Any) -> _Server:

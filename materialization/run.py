@@ -55,7 +55,7 @@ def materialize(
     provider: Any = store._get_provider()
     materializer = Materializer(store.config, provider.offline_store)
     reports = []
-    for view in _chosen(store, view_names):
+    for view in chosen_views(store, view_names):
         if not dry_run:
             _end_interrupted_state(store, view)
         began = _interval_start(view, start, end)
@@ -81,8 +81,12 @@ def materialize(
     return RunReport(tuple(reports))
 
 
-def _chosen(store: FeatureStore, names: Sequence[str] | None) -> list[Any]:
-    """The views to load, by name."""
+def chosen_views(store: FeatureStore, names: Sequence[str] | None) -> list[Any]:
+    """The views that are stored online, by name; those named, where names are given.
+
+    Raises:
+        NotFound: there is no such view.
+    """
     found = {view.name: view for view in store._get_feature_views_to_materialize(None)}
     unknown = sorted(set(names or ()) - set(found))
     if unknown:

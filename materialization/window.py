@@ -59,27 +59,27 @@ class ViewSource:
         Raises:
             InvalidSource: a column that the view needs is missing, or a timestamp is no timestamp.
         """
-        self._con = con
+        self.con = con
         self.view = view
         self.scan = scan
         self.keys = {key.name: scan.column(key.name, field_mapping) for key in view.join_keys}
         self.features = {f.name: scan.column(f.name, field_mapping) for f in view.features}
-        self._timestamp = scan.column(timestamp, field_mapping)
-        self._created = scan.column(created, field_mapping) if created else None
-        self._event = identifier(self._timestamp)
-        if scan.columns[self._timestamp] in {"VARCHAR", "DATE"}:
+        self.timestamp = scan.column(timestamp, field_mapping)
+        self.created = scan.column(created, field_mapping) if created else None
+        self._event = identifier(self.timestamp)
+        if scan.columns[self.timestamp] in {"VARCHAR", "DATE"}:
             self._event = f"CAST({self._event} AS TIMESTAMPTZ)"
-        self._event_ns = epoch(identifier(self._timestamp), scan.columns[self._timestamp], "ns")
+        self._event_ns = epoch(identifier(self.timestamp), scan.columns[self.timestamp], "ns")
         self._created_ns = "NULL::BIGINT"
-        if self._created:
-            column = identifier(self._created)
-            time = epoch(column, scan.columns[self._created], "ns")
+        if self.created:
+            column = identifier(self.created)
+            time = epoch(column, scan.columns[self.created], "ns")
             self._created_ns = f"CASE WHEN {column} IS NOT NULL THEN {time} END"
 
     @property
     def dated(self) -> bool:
         """Whether the source has created timestamps."""
-        return self._created is not None
+        return self.created is not None
 
     @property
     def feature_types(self) -> dict[str, str]:
@@ -116,7 +116,7 @@ class ViewSource:
     def count(self, window: Window) -> int:
         """How many rows lie in the window, older ones of the same key included."""
         sql = f"SELECT count(*) FROM {self.scan.table} WHERE {self._where(window)}"
-        ((rows,),) = self._con.execute(sql).fetchall()
+        ((rows,),) = self.con.execute(sql).fetchall()
         return int(rows)
 
     def nameless(self, window: Window) -> int:
@@ -125,8 +125,18 @@ class ViewSource:
             return 0
         unknown = " OR ".join(f"{identifier(column)} IS NULL" for column in self.keys.values())
         sql = f"SELECT count(*) FROM {self.scan.table} WHERE {self._where(window)} AND ({unknown})"
-        ((rows,),) = self._con.execute(sql).fetchall()
+        ((rows,),) = self.con.execute(sql).fetchall()
         return int(rows)
+
+    def sample_keys(self, window: Window, count: int, seed: int) -> pa.Table:
+        """Up to ``count`` distinct keys with a row in the window, drawn at random: a column per join key."""
+        columns = [f"{identifier(c)} AS {identifier(n)}" for n, c in self.keys.items()]
+        known = " AND ".join(f"{identifier(column)} IS NOT NULL" for column in self.keys.values())
+        return self.con.sql(
+            f"SELECT * FROM (SELECT DISTINCT {', '.join(columns)} FROM {self.scan.table} "
+            f"WHERE {self._where(window)} AND {known}) "
+            f"USING SAMPLE reservoir({count} ROWS) REPEATABLE ({seed})"
+        ).to_arrow_table()
 
     def stage(self, window: Window, partitions: int) -> Staged:
         """Read the newest row of every key into the table ``staged``, ordered by key within each partition.
@@ -135,25 +145,25 @@ class ViewSource:
         """
         order = f" ORDER BY {self._key_list}" if self.keys else ""
         columns = ", ".join(identifier(column) for column in self.keys.values())
-        self._con.execute(f"DROP TABLE IF EXISTS {STAGED}")
+        self.con.execute(f"DROP TABLE IF EXISTS {STAGED}")
         for partition in range(partitions if self.keys else 1):
             own = f"hash({columns}) % {partitions} = {partition}" if partitions > 1 and columns else "true"
             target = f"CREATE TEMP TABLE {STAGED} AS" if partition == 0 else f"INSERT INTO {STAGED}"
-            self._con.execute(f"{target} {self.newest_sql(window, own)}{order}")
+            self.con.execute(f"{target} {self.newest_sql(window, own)}{order}")
         sql = f"SELECT count(*), max({EVENT_NS}), max({CREATED_NS}) FROM {STAGED}"
-        ((rows, event_ns, created_ns),) = self._con.execute(sql).fetchall()
-        return Staged(self._con, self.view, rows, None if event_ns is None else event_ns // 1000, created_ns)
+        ((rows, event_ns, created_ns),) = self.con.execute(sql).fetchall()
+        return Staged(self.con, self.view, rows, None if event_ns is None else event_ns // 1000, created_ns)
 
     @cached_property
     def _key_list(self) -> str:
         return ", ".join(identifier(name) for name in self.keys)
 
     def _where(self, window: Window) -> str:
-        kind, start_us = self.scan.columns[self._timestamp], window.start_us
+        kind, start_us = self.scan.columns[self.timestamp], window.start_us
         late = window.arrived_after_ns is not None
         if window.after_us is not None and not late:  # a bound that DuckDB pushes into the files
             start_us = window.after_us if start_us is None else max(start_us, window.after_us)
-        where = within(identifier(self._timestamp), kind, start_us, window.end_us)
+        where = within(identifier(self.timestamp), kind, start_us, window.end_us)
         if window.after_us is None:
             return where
         new = f"{self._event_ns} > {window.after_us} * 1000"
