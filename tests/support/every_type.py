@@ -2,7 +2,7 @@
 
 In ``every``, item 1 has ordinary values, item 2 nothing but nulls, item 3 the values at the edges of the
 types. ``graded`` and ``counted`` are both fed by ``shelf_push``: ``graded`` has two join keys, expectations
-and a source with column names of its own, ``counted`` is plain.
+and a source with column names of its own, ``counted`` is plain. ``roots`` fails on negative numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ entity_key_serialization_version: 3
 """
 
 _DEFINITIONS = """\
-from feast import Entity, FeatureView, Field, FileSource, PushSource, ValueType
+import math
+from typing import Any
+
+from feast import Entity, FeatureView, Field, FileSource, PushSource, RequestSource, ValueType
+from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Array, Float64, Int32, Int64, Set, String, Struct, from_value_type
 
 STRUCT = Struct({"a": Int64, "b": String})
@@ -77,6 +81,15 @@ counted = FeatureView(
     name="counted", entities=[item], ttl=None, source=shelf_push,
     schema=[Field(name="item_id", dtype=Int64), Field(name="count", dtype=Int32)],
 )
+
+
+@on_demand_feature_view(
+    sources=[RequestSource(name="request", schema=[Field(name="number", dtype=Float64)])],
+    schema=[Field(name="root", dtype=Float64)],
+    mode="python",
+)
+def roots(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"root": [math.sqrt(number) for number in inputs["number"]]}
 """
 
 _ID = uuid.UUID("0b8e5b0e-5d7c-4d0a-9f0e-0123456789ab")
