@@ -106,7 +106,7 @@ class ModelSpec:
                      leaves them as the estimator gives them
     calibration_method  "sigmoid" or "isotonic", as in ``sklearn.calibration.CalibratedClassifierCV``
     policy           per feature what to do with a missing value: "pass" (NaN to the estimator, the default),
-                     ``Default(value)``, or "reject" (the row gets an error)
+                     ``Default(value)``, or "reject" (the row gets an error, and trains nothing)
     threshold        binary only: predict ``classes[1]`` from this probability on; None: the most likely
     recency_feature  the feature of the recency-only baseline ("how long since the entity was last seen")
     description      one sentence for people

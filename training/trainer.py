@@ -87,6 +87,7 @@ def train(
     """
     started = time.monotonic()
     examples = rows.gather(repository, spec, say)
+    recency = None if spec.recency_feature is None else examples.columns.index(spec.recency_feature)
     window, parts = examples.window, examples.parts
     say(f"fitting on {window.training_rows:,} rows, judging on the last {window.holdout_rows:,}")
     estimator = _fit(spec, examples)
@@ -98,7 +99,6 @@ def train(
     used = np.concatenate(list(parts.values()))
     compiled, graph = compile_estimator(estimator, examples.matrix[used[_evenly(len(used), COMPARED_ROWS)]])
     say(f"runs as {compiled.form}" + (f" ({compiled.reason})" if compiled.reason else ""))
-    recency = None if spec.recency_feature is None else examples.columns.index(spec.recency_feature)
     metrics, beats = evaluation.judge(model, examples.matrix, examples.labels, parts, recency=recency)
     sample = _sample(parts["training"])
     golden = _golden(model, examples, sample)
