@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.errors import InvalidRequest, InvalidRow, PushSourceNotFound
+from core.errors import InvalidRequest, InvalidRow, InvalidSource, PushSourceNotFound
 from core.feature_rows import CheckedRows
 from core.repository import Definitions, FeastRepository, View
 
@@ -50,7 +50,11 @@ class OfflineTarget:
 
 
 def offline_targets(repository: FeastRepository, views: Sequence[View]) -> list[OfflineTarget]:
-    """One target per batch source: views that share one must not append the rows twice."""
+    """One target per batch source: views that share one must not append the rows twice.
+
+    Raises:
+        InvalidSource: a batch source cannot be read.
+    """
     store = repository.store()
     provider = store._get_provider()
     targets: list[OfflineTarget] = []
@@ -59,8 +63,14 @@ def offline_targets(repository: FeastRepository, views: Sequence[View]) -> list[
         source = feature_view.batch_source
         if any(source == known.feature_view.batch_source for known in targets):
             continue
-        described = provider.get_table_column_names_and_types_from_data_source(store.config, source)
-        columns = {name: _arrow_type(source, text) for name, text in described}
+        try:
+            described = provider.get_table_column_names_and_types_from_data_source(store.config, source)
+            columns = {name: _arrow_type(source, text) for name, text in described}
+        except OSError as exc:
+            raise InvalidSource(
+                f"The batch source of view {view.name!r} cannot be read: {exc}",
+                hint="Pushed rows are appended to it, so it must exist.",
+            ) from exc
         targets.append(OfflineTarget(view.name, feature_view, columns))
     return targets
 
