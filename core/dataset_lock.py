@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from core.errors import InvalidLock
+from core.errors import InvalidLock, InvalidSource
 from core.repository import Definitions, FeastRepository, OnDemandView, Projection, View
 
 if TYPE_CHECKING:
@@ -270,11 +270,7 @@ def batch_source(repository: FeastRepository, projection: Projection) -> DataSou
 
 
 def source_fingerprints(repository: FeastRepository, service: str) -> tuple[SourceFingerprint, ...]:
-    """What the sources behind a service hold now; a source whose files are gone has none.
-
-    Raises:
-        InvalidSource: the file system of a source cannot be reached.
-    """
+    """What the sources behind a service hold now; a source whose files are gone or out of reach has none."""
     stored, _ = views_behind(repository.definitions(), service)
     return tuple(
         _fingerprint(repository, name, batch_source(repository, projection))
@@ -286,15 +282,20 @@ def _fingerprint(repository: FeastRepository, view: str, source: DataSource) -> 
     import pyarrow.parquet as pq
     from feast.infra.offline_stores.file_source import FileSource
 
-    from core.source import file_system, files_in, resolve
+    from core.source import source_files
 
+    location = getattr(source, "path", "") or f"{type(source).__name__} {source.name}"
+    unseen = SourceFingerprint(view, location, {}, ())
     if not isinstance(source, FileSource):
-        return SourceFingerprint(view, f"{type(source).__name__} {source.name}", {}, ())
-    location = resolve(source.path, repository.path)
-    system, path = file_system(location, source.s3_endpoint_override, source.resolve_credentials())
+        return unseen
+    try:
+        system, found = source_files(source, repository.path)
+    except InvalidSource:
+        # The offline store may yet reach what this process cannot; where it is ours, the join says why not.
+        return unseen
     files: list[SourceFile] = []
     schema: dict[str, str] = {}
-    for file in files_in(system, path):
+    for file in found:
         info = system.info(file)
         modified = info.get("mtime") or info.get("LastModified") or 0
         modified = modified.timestamp() if isinstance(modified, datetime) else float(modified)
@@ -305,7 +306,7 @@ def _fingerprint(repository: FeastRepository, view: str, source: DataSource) -> 
                 rows = parquet.metadata.num_rows
                 schema |= {field.name: str(field.type) for field in parquet.schema_arrow}
         files.append(SourceFile(_within(file, repository.path), info["size"], round(modified * 1e6), rows))
-    return SourceFingerprint(view, source.path, schema, tuple(files))
+    return SourceFingerprint(view, location, schema, tuple(files))
 
 
 def _within(file: str, repository: Path) -> str:

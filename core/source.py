@@ -115,7 +115,7 @@ def scan(con: duckdb.DuckDBPyConnection, source: DataSource, repo_path: Path | s
     location = resolve(source.path, repo_path)
     if isinstance(source.file_format, DeltaFormat):
         return _scan_delta(con, source, location)
-    files = _register_remote(con, source, location) if "://" in location else local_files(location)
+    files = _register_remote(con, source) if "://" in location else local_files(location)
     return _scan_files(con, files, location)
 
 
@@ -174,16 +174,18 @@ def _describe(con: duckdb.DuckDBPyConnection, table: str, location: str) -> dict
 
 
 def _scan_delta(con: duckdb.DuckDBPyConnection, source: Any, location: str) -> Scan:
-    options = delta_options(source)
     name = f"delta_{uuid.uuid4().hex}"
+    con.register(name, _open_delta(source, location).to_pyarrow_dataset())
+    return Scan(name, _describe(con, name, location), (), location)
+
+
+def _open_delta(source: Any, location: str) -> Any:
+    library = delta(location)
     try:
-        con.register(name, delta(location).DeltaTable(location, storage_options=options).to_pyarrow_dataset())
-    except InvalidSource:
-        raise
+        return library.DeltaTable(location, storage_options=delta_options(source))
     except Exception as exc:
         # deltalake raises whatever its Rust side met.
         raise InvalidSource(f"{location} cannot be read as a Delta table: {exc}") from exc
-    return Scan(name, _describe(con, name, location), (), location)
 
 
 def delta(location: str) -> Any:
@@ -255,13 +257,29 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
-def _register_remote(con: duckdb.DuckDBPyConnection, source: Any, location: str) -> list[str]:
-    """Give ``con`` the file system of ``location`` under a scheme of its own; return the files in it."""
-    system, path = file_system(location, source.s3_endpoint_override, source.resolve_credentials())
+def source_files(source: Any, repo_path: Path | str | None) -> tuple[AbstractFileSystem, list[str]]:
+    """The Parquet files of a FileSource, a Delta table's current ones included, and their file system.
+
+    Raises:
+        InvalidSource: they cannot be listed.
+    """
+    from feast.data_format import DeltaFormat
+
+    location = resolve(source.path, repo_path)
+    credentials = source.resolve_credentials()
+    system, path = file_system(location, source.s3_endpoint_override, credentials)
+    if isinstance(source.file_format, DeltaFormat):
+        files = _open_delta(source, location).file_uris()
+        return system, sorted(file_system(f, source.s3_endpoint_override, credentials)[1] for f in files)
     try:
-        files = files_in(system, path)
+        return system, files_in(system, path)
     except OSError as exc:
         raise InvalidSource(f"{location} cannot be listed: {exc}") from exc
+
+
+def _register_remote(con: duckdb.DuckDBPyConnection, source: Any) -> list[str]:
+    """Give ``con`` the source's file system under a scheme of its own; return the files in it."""
+    system, files = source_files(source, None)
     scheme = f"source{uuid.uuid4().hex}"
     con.register_filesystem(_scheme_only(system, scheme))
     return [f"{scheme}://{file}" for file in files]
