@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any
 
 from core.errors import InvalidRequest, InvalidRow, InvalidSource, Overloaded
@@ -38,6 +37,9 @@ class FeatureWriter:
         # One thread: Feast's file store reads a whole file and writes it anew.
         self._offline = ThreadPoolExecutor(1, "banquet-push-offline")
         self._waiting = 0
+        # Connects at the first push.
+        ttl = repository.config["online_store"].get("key_ttl_seconds")
+        self._writer = OnlineWriter(repository.redis, repository.project, key_ttl_seconds=ttl)
 
     async def write(
         self,
@@ -85,13 +87,7 @@ class FeatureWriter:
     def _close(self) -> None:
         self._online.shutdown(cancel_futures=True)
         self._offline.shutdown(cancel_futures=True)
-        if "_writer" in self.__dict__:
-            self._writer.close()
-
-    @cached_property
-    def _writer(self) -> OnlineWriter:
-        ttl = self._repository.config["online_store"].get("key_ttl_seconds")
-        return OnlineWriter(self._repository.redis, self._repository.project, key_ttl_seconds=ttl)
+        self._writer.close()
 
     def _write_online(self, rows: CheckedRows) -> WriteResult:
         if rows.rows == 0:
