@@ -23,6 +23,7 @@ from training.spec import MatrixColumns, ModelSpec
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 Array = NDArray[Any]
 
@@ -35,7 +36,7 @@ class Examples:
 
     Attributes:
         schema: what the feature service serves.
-        frame: entity columns and features, as the point-in-time join gave them.
+        table: entity columns and features, as the point-in-time join gave them.
         values: each feature's raw values, as ``MatrixBuilder`` takes them.
         columns: what an estimator's author is told of the matrix.
         matrix: float64 (rows, features).
@@ -47,7 +48,7 @@ class Examples:
     """
 
     schema: ServiceSchema
-    frame: pd.DataFrame
+    table: pa.Table
     values: Mapping[str, Any]
     columns: MatrixColumns
     matrix: Matrix
@@ -83,7 +84,7 @@ def gather(repository: FeastRepository, spec: ModelSpec, say: Callable[[str], No
     check_defaults(spec, schema, vocabulary)
     return Examples(
         schema=schema,
-        frame=frame,
+        table=dataset.table,
         values=values,
         columns=MatrixColumns(tuple(values), vocabulary),
         matrix=MatrixBuilder(schema.features, vocabulary, spec.policy).build(values, len(frame)),

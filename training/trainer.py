@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.compiled import SklearnRunner
@@ -37,9 +39,6 @@ from training import evaluation, rows
 from training.compiler import compile_estimator
 from training.rows import Examples
 from training.spec import ModelSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
@@ -102,10 +101,8 @@ def train(
     metrics, beats = evaluation.judge(model, examples.matrix, examples.labels, parts, recency=recency)
     sample = _sample(parts["training"])
     golden = _golden(model, examples, sample)
-    files = {
-        MODEL_FILE: pickled,
-        BASELINE_FILE: _parquet(examples.frame.loc[sample, list(examples.columns.names)]),
-    }
+    baseline = examples.table.select(examples.columns.names).take(sample)
+    files = {MODEL_FILE: pickled, BASELINE_FILE: _parquet(baseline)}
     if graph is not None:
         files[compiled.artifact] = graph
 
@@ -231,9 +228,9 @@ def _evenly(count: int, at_most: int) -> Array:
     return np.unique(np.linspace(0, count - 1, num=min(count, at_most), dtype=np.int64))
 
 
-def _parquet(frame: pd.DataFrame) -> bytes:
+def _parquet(table: pa.Table) -> bytes:
     content = io.BytesIO()
-    frame.to_parquet(content, index=False)
+    pq.write_table(table, content)
     return content.getvalue()
 
 

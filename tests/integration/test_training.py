@@ -11,6 +11,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer
@@ -152,8 +153,11 @@ def test_the_package_is_whole_and_as_small_as_it_should_be(
 ) -> None:
     assert set(manifest.artifacts) == {MODEL_FILE, BASELINE_FILE, "model.onnx"}
     registry.verify("churn", manifest.version)
-    baseline = pd.read_parquet(io.BytesIO(registry.artifact(manifest, BASELINE_FILE)))
-    assert list(baseline.columns) == FEATURES
+    content = io.BytesIO(registry.artifact(manifest, BASELINE_FILE))
+    kinds = {field.name: str(field.type) for field in pq.read_schema(content)}
+    assert list(kinds) == FEATURES
+    assert (kinds["usage__calls"], kinds["usage__trial"]) == ("int64", "bool")
+    baseline = pd.read_parquet(content)
     assert len(baseline) == min(2_000, manifest.window.training_rows)
     assert subscriptions.NEW_PLAN not in set(baseline["usage__plan"])
     assert {"basic", "family", "pro"} <= set(baseline["usage__plan"])
