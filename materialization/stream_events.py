@@ -198,7 +198,7 @@ def read_entry(entry: Entry) -> tuple[str, list[dict[str, Any]]]:
     for name in entry.fields:
         if name not in _FIELDS:
             raise InvalidRequest(
-                f"Unknown field {_text(name)!r}.",
+                f"Unknown field `{_text(name)}`.",
                 hint="An entry has the fields push_source and event, or push_source and rows.",
             )
     source = _text(entry.fields.get(b"push_source", b""))
@@ -240,7 +240,7 @@ def _parsed(field: str, text: bytes) -> Any:
     except RecursionError:
         raise InvalidRequest(f"The field {field} is nested too deeply.", field=field) from None
     if repeated is not None:
-        raise InvalidRequest(f"The field {field} names the key {repeated!r} twice.", field=repeated)
+        raise InvalidRequest(f"The field {field} names the key `{repeated}` twice.", field=repeated)
     return parsed
 
 
