@@ -174,4 +174,13 @@ def create_app(
     async def unexpected(request: Request, exc: Exception) -> Response:
         return _problem(exc, request)
 
-    return HotRoutes(app, gateway, {"/predict": predict, "/get-online-features": features})
+    return HotRoutes(
+        app,
+        gateway,
+        {"/predict": predict, "/get-online-features": features},
+        {
+            "/models/{name}/predict": lambda name: PredictEndpoint(catalog, name),
+            "/v2/models/{name}/infer": partial(inference.Infer, catalog),
+            "/v2/models/{name}/versions/{version}/infer": partial(inference.Infer, catalog),
+        },
+    )

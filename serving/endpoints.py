@@ -8,6 +8,7 @@ size limit, request id, errors, metrics.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -134,23 +135,45 @@ class Gateway:
 
 
 class HotRoutes:
-    """Answers exact POST paths straight from the server and hands everything else to ``app``."""
+    """Answers some POST routes straight from the server and hands everything else to ``app``.
 
-    def __init__(self, app: App, gateway: Gateway, endpoints: Mapping[str, Endpoint]) -> None:
+    ``endpoints`` has exact paths, ``patterns`` paths with parameters, such as ``/models/{name}/predict``, and
+    what makes the endpoint from them.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        gateway: Gateway,
+        endpoints: Mapping[str, Endpoint],
+        patterns: Mapping[str, Callable[..., Endpoint]] | None = None,
+    ) -> None:
         self._app = app
         self.gateway = gateway
         self._endpoints = endpoints
+        self._patterns = [
+            (route, re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route)), make)
+            for route, make in (patterns or {}).items()
+        ]
 
-    def find(self, method: str, path: str) -> Endpoint | None:
-        """The endpoint of a hot route; None for any other request."""
-        return self._endpoints.get(path) if method == "POST" else None
+    def find(self, method: str, path: str) -> tuple[str, Endpoint] | None:
+        """A hot route and its endpoint; None for any other request."""
+        if method != "POST":
+            return None
+        endpoint = self._endpoints.get(path)
+        if endpoint is not None:
+            return path, endpoint
+        for route, pattern, make in self._patterns:
+            match = pattern.fullmatch(path)
+            if match is not None:
+                return route, make(**match.groupdict())
+        return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path = scope["path"]
-            endpoint = self.find(scope["method"], path)
-            if endpoint is not None:
-                await self.gateway.answer(path, endpoint, scope, receive, send)
+            found = self.find(scope["method"], scope["path"])
+            if found is not None:
+                await self.gateway.answer(*found, scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -27,14 +27,13 @@ class HotProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Part of uvicorn's protocol: the headers of the request whose turn it is are complete."""
-        path = cycle.scope["path"]
         if self._routes is not None and app is self.app and not cycle.waiting_for_100_continue:
-            endpoint = self._routes.find(cycle.scope["method"], path)
-            if endpoint is not None:
+            found = self._routes.find(cycle.scope["method"], cycle.scope["path"])
+            if found is not None:
                 if cycle.more_body:
-                    self._reading = cycle, path, endpoint
+                    self._reading = cycle, *found
                 else:
-                    self._start(cycle, path, endpoint)
+                    self._start(cycle, *found)
                 return
         super()._start_asgi_task(cycle, app)
 
@@ -58,19 +57,19 @@ class HotProtocol(HttpToolsProtocol):
             self._reading = None
             self._start(*reading)
 
-    def _start(self, cycle: RequestResponseCycle, path: str, endpoint: Endpoint) -> None:
-        task = self.loop.create_task(self._answer(cycle, path, endpoint))
+    def _start(self, cycle: RequestResponseCycle, route: str, endpoint: Endpoint) -> None:
+        task = self.loop.create_task(self._answer(cycle, route, endpoint))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _answer(self, cycle: RequestResponseCycle, path: str, endpoint: Endpoint) -> None:
+    async def _answer(self, cycle: RequestResponseCycle, route: str, endpoint: Endpoint) -> None:
         assert self._routes is not None
         body = bytes(cycle.body)
 
         async def read() -> bytes:
             return body
 
-        reply = await self._routes.gateway.respond(path, endpoint, "POST", cycle.scope["headers"], read)
+        reply = await self._routes.gateway.respond(route, endpoint, "POST", cycle.scope["headers"], read)
         if self.flow.write_paused and not cycle.disconnected:
             await self.flow.drain()
         if cycle.disconnected:
