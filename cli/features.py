@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.main import Context, main
+from cli.main import Context, bytes_text, main
 from core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def describe_impact(found: Impact) -> str:
     for entry in found.growth:
         what = f"{entry.view}: {', '.join(entry.features)}" if entry.features else entry.view
         rows = "an unknown number of rows" if entry.rows is None else f"{entry.rows:,} rows"
-        size = "memory unknown" if entry.bytes is None else f"about {entry.bytes / 1e6:,.1f} MB of Redis"
+        size = "memory unknown" if entry.bytes is None else f"about {bytes_text(entry.bytes)} of Redis"
         lines.append(f"  {what}: {rows}, {size}" + (f" ({entry.unknown})" if entry.unknown else ""))
     if found.orphans is not None and found.orphans.fields:
         left = found.orphans
@@ -196,7 +196,7 @@ def _cleaned(report: CleanReport) -> str:
     if report.rewritten:
         lines.append(f"  left alone, because they were being written: {report.rewritten:,}; run it again")
     lines += [f"  left alone, because a materialization holds it: {view}" for view in report.busy]
-    size = "" if report.bytes is None else f", about {report.bytes / 1e6:,.1f} MB"
+    size = "" if report.bytes is None else f", about {bytes_text(report.bytes)}"
     verb = "To remove" if report.dry_run else "Removed"
     total = f"{verb}: {report.fields:,} fields, {report.keys:,} whole keys{size}"
     return "\n".join([*lines, f"{total}; {report.looked:,} keys of the project looked at."])
@@ -272,7 +272,7 @@ def _outcome(view: ViewReport) -> str:
         lines = [click.style(f"  {view.view}: {view.error}", fg="red")]
     elif view.memory_bytes is not None:
         lines = [
-            f"  {view.view}: {view.rows:,} rows due, about {view.memory_bytes / 1e6:,.1f} MB of Redis{why}"
+            f"  {view.view}: {view.rows:,} rows due, about {bytes_text(view.memory_bytes)} of Redis{why}"
         ]
     else:
         older = f", {view.older:,} older ones left out" if view.older else ""

@@ -32,6 +32,14 @@ class Context:
         click.echo(json.dumps(data, indent=2, default=str) if self.as_json else text)
 
 
+def bytes_text(count: float) -> str:
+    """Bytes for people: kB, MB or GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
 class _Group(click.Group):
     """Lists commands in the order they are used, and turns Banquet's errors into messages."""
 
@@ -75,6 +83,6 @@ def main(ctx: click.Context, repo: Path, as_json: bool) -> None:
     ctx.obj = Context(repo, as_json)
 
 
-from cli import features, models, operations  # noqa: E402 — commands register themselves on `main`
+from cli import features, models, online, operations  # noqa: E402 — commands register themselves on `main`
 
-__all__ = ["features", "main", "models", "operations"]
+__all__ = ["features", "main", "models", "online", "operations"]

@@ -1,0 +1,92 @@
+"""Commands that look at the online store: status, verify."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.main import Context, main
+
+if TYPE_CHECKING:
+    from materialization.status import ViewStatus
+    from materialization.verify import Verification
+
+_SHOWN_DIFFERENCES = 20
+
+
+@main.command()
+@click.pass_obj
+def status(ctx: Context) -> None:
+    """Per view: keys online, watermark, newest event, freshness, the gate's last verdict."""
+    from core.repository import FeastRepository
+    from materialization.status import status as look
+
+    views = look(FeastRepository.open(ctx.repo))
+    header = f"{'view':<28}{'keys':>12}  {'watermark':<17}  {'newest event':<17}  {'freshness':>10}  gate"
+    ctx.report([view.as_json() for view in views], "\n".join([header, *map(_status_line, views)]))
+
+
+def _status_line(view: ViewStatus) -> str:
+    keys = f"{'~' if view.keys_estimated else ''}{view.keys:,}"
+    times = [
+        moment.strftime("%Y-%m-%d %H:%M") if moment else "never"
+        for moment in (view.watermark, view.newest_event)
+    ]
+    gate = "none" if view.gate is None else "passed" if view.gate["passed"] else "FAILED"
+    notes = ""
+    if view.running:
+        notes = f"  (a run is under way: {view.running})"
+    elif view.interrupted_rows is not None:
+        notes = f"  (interrupted after {view.interrupted_rows:,} rows; the next run resumes)"
+    return f"{view.view:<28}{keys:>12}  {times[0]:<17}  {times[1]:<17}  {_age(view.freshness):>10}  {gate}{notes}"
+
+
+def _age(span: timedelta | None) -> str:
+    if span is None:
+        return "-"
+    seconds = span.total_seconds()
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@main.command()
+@click.option("--sample", default=1_000, show_default=True, type=click.IntRange(1), help="Entities per view.")
+@click.option("--views", help="Only these views, separated by commas.")
+@click.option("--seed", type=int, help="Draw the same sample again.")
+@click.pass_obj
+def verify(ctx: Context, sample: int, views: str | None, seed: int | None) -> None:
+    """Compare rows online with the historical join; exit 1 where one differs, each named with its cause."""
+    from core.repository import FeastRepository
+    from materialization.verify import verify as compare
+
+    found = compare(
+        FeastRepository.open(ctx.repo),
+        view_names=[name.strip() for name in views.split(",")] if views else None,
+        sample=sample,
+        seed=seed,
+    )
+    ctx.report(found.as_json(), _verification_text(found))
+    if not found.ok:
+        sys.exit(1)
+
+
+def _verification_text(found: Verification) -> str:
+    lines = []
+    for view in found.views:
+        if view.error is not None:
+            lines.append(click.style(f"{view.view}: {view.error}", fg="red"))
+            continue
+        count = len(view.differences)
+        verdict = f"{count} differ" if count else "all equal"
+        lines.append(
+            click.style(f"{view.view}: {view.entities:,} entities, {verdict}", fg="red" if count else None)
+        )
+        lines += [f"  {difference}" for difference in view.differences[:_SHOWN_DIFFERENCES]]
+        if count > _SHOWN_DIFFERENCES:
+            lines.append(f"  and {count - _SHOWN_DIFFERENCES} more; --json lists all")
+    return "\n".join(lines)
