@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import linecache
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ def plan(repository: FeastRepository) -> ApplyPlan:
     with _inside(repository.path):
         try:
             contents = _get_repo_contents(repository.path, repository.project, store.config)
+            _keep_versions(store.registry.proto(), contents, repository.project)
             registry_diff, _, _ = store.plan(contents)
             before = store.registry.proto()
             after = _registry_after(repository, before, contents, registry_diff)
@@ -161,6 +163,21 @@ def refuse_colliding_features(views: Sequence[View]) -> None:
                 f"{names} have the same 32-bit hash field and would overwrite each other in Redis.",
                 hint="Rename one of these features or its view; another entity for it would do as well.",
             )
+
+
+def _keep_versions(before: Any, contents: Any, project: str) -> None:
+    """Give every view the version number it has: Feast's apply resets it to 0 on views that do not change.
+
+    With versions stored online, the rows that were loaded would then be looked for under another name.
+    """
+    views = [*contents.feature_views, *contents.stream_feature_views, *contents.on_demand_feature_views]
+    declared = {view.name: view for view in views}
+    for kind in (before.feature_views, before.stream_feature_views, before.on_demand_feature_views):
+        for message in kind:
+            view = declared.get(message.spec.name)
+            number = message.meta.current_version_number
+            if message.spec.project == project and view is not None and number:
+                view.current_version_number = number
 
 
 def _registry_after(repository: FeastRepository, before: Any, contents: Any, registry_diff: Any) -> Any:
@@ -280,6 +297,8 @@ def _plain(value: Any) -> Any:
 @contextlib.contextmanager
 def _inside(path: Path) -> Iterator[None]:
     """Feast imports definitions as top-level modules of the working directory and prints as it goes."""
+    # Feast registers the source text of functions, and finds it through this cache.
+    linecache.checkcache()
     added = str(path) not in sys.path
     if added:
         sys.path.insert(0, str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -272,31 +273,36 @@ def test_a_row_rewritten_between_look_and_removal_survives(shop: FeastRepository
 
 def test_a_writer_that_races_with_clean_loses_no_row(shop: FeastRepository) -> None:
     """Rows expire and are renewed all the time; whatever was written last and is fresh must be there."""
-    users = list(range(400))
-    keys = write(shop, BEHAVIOR, users, age=2 * HOUR)
+    users = list(range(40))
     register(shop, [BEHAVIOR])
+
+    class Slow(_Cleaning):
+        def _measure(self, node: Any, work: Any) -> None:
+            super()._measure(node, work)
+            time.sleep(0.005)  # time enough between look and removal for the writer to come in between
+
     stop = threading.Event()
     failures: list[int] = []
+    pause = random.Random(1)
 
     def renew() -> None:
-        start = 0
         while not stop.is_set():
-            part = users[start : start + 40]
-            write(shop, BEHAVIOR, part)
+            keys = write(shop, BEHAVIOR, users, age=2 * HOUR)
+            time.sleep(pause.uniform(0, 0.01))
+            write(shop, BEHAVIOR, users)
             found = contents(shop)
-            failures.extend(user for user in part if len(found.get(keys[user], {})) != 3)
-            start = (start + 40) % len(users)
-            if start == 0:
-                with shop.redis.session() as client:
-                    client.delete(*keys)
-                write(shop, BEHAVIOR, users[200:], age=2 * HOUR)
+            failures.extend(
+                user for user, key in zip(users, keys, strict=True) if len(found.get(key, {})) != 3
+            )
+            with shop.redis.session() as client:
+                client.delete(*keys)
 
     writer = threading.Thread(target=renew)
     writer.start()
     try:
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            run(shop)
+            Slow(shop, False, timedelta(0), QUICK, False, None).run()
     finally:
         stop.set()
         writer.join()
