@@ -26,6 +26,7 @@ from core.errors import InvalidEntity, InvalidRepository, UnsupportedKeyVersion
 from core.layout_cells import (
     NULL_TIMESTAMP,
     decode_column,
+    decode_floats,
     decode_json_column,
     decode_timestamp,
     decode_timestamps,
@@ -44,6 +45,7 @@ __all__ = [
     "StoredKey",
     "colliding_fields",
     "decode_column",
+    "decode_floats",
     "decode_json_column",
     "decode_timestamp",
     "decode_timestamps",

@@ -14,6 +14,7 @@ import math
 import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,7 @@ def decode_timestamps(cells: Sequence[Cell]) -> list[int | None]:
     Raises:
         CorruptCell: a cell is no Timestamp.
     """
-    found = _usual_timestamps(cells) if _mostly_different(cells) else None
-    return [_EVENTS[cell] for cell in cells] if found is None else found
+    return _EVENTS.column(cells, _usual_timestamps)
 
 
 def decode_value(cell: Cell, dtype: Dtype) -> Any:
@@ -162,6 +162,18 @@ def decode_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
             return [_VALUES[cell]]
     decode = _BY_DTYPE.get(dtype)
     return [_VALUES[cell] for cell in cells] if decode is None else decode(cells, _VALUES)
+
+
+def decode_floats(columns: Sequence[Sequence[Cell]], dtype: Dtype) -> list[list[float]] | None:
+    """Several columns of one length and of dtype DOUBLE or FLOAT, as Python values and as JSON alike.
+
+    None where that is not to be had at once: a cell is missing or of another type, or a number is not finite.
+    """
+    found = _FLOATS[dtype].block(columns)
+    if found is None:
+        return None
+    values: list[list[float]] = found.reshape(len(columns), -1).tolist()
+    return values if math.isfinite(sum(map(sum, values))) else None
 
 
 def decode_json_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
@@ -199,24 +211,47 @@ def json_column(values: Sequence[Any], dtype: Dtype) -> list[Any]:
 _SAME_IN_JSON: Mapping[Dtype, type] = {Dtype.STRING: str, Dtype.BOOL: bool}
 
 
-class _Memo(dict[Cell, Any]):
+class _Memo:
     """Decoded cells by their bytes: real columns repeat few values. Holds immutable values only."""
 
     LIMIT, LONGEST = 20_000, 64
+    LEARNT = 256  # cells of one column that are remembered, so that a column of ever new ones costs little
 
     def __init__(self, decode: Callable[[bytes], Any], empty: Any = None) -> None:
         self._decode = decode
         self._empty = {None: None, b"": empty}
-        super().__init__(self._empty)
+        self.known: dict[Cell, Any] = dict(self._empty)
 
-    def __missing__(self, cell: bytes) -> Any:
-        value = self._decode(cell)
+    def __getitem__(self, cell: Cell) -> Any:
+        try:
+            return self.known[cell]
+        except KeyError:
+            assert cell is not None
+            value = self._decode(cell)
         if len(cell) <= self.LONGEST and not isinstance(value, list | dict | set):
-            if len(self) >= self.LIMIT:
-                self.clear()
-                self.update(self._empty)
-            self[cell] = value
+            self._make_room(1)
+            self.known[cell] = value
         return value
+
+    def column(
+        self, cells: Sequence[Cell], together: Callable[[Sequence[Cell]], list[Any] | None]
+    ) -> list[Any]:
+        """The values of a column. ``together`` decodes one with unknown cells faster, or says None."""
+        known = self.known
+        try:
+            return [known[cell] for cell in cells]
+        except KeyError:
+            values = together(cells) if len(cells) >= _SOME else None
+        if values is None:
+            return [self[cell] for cell in cells]
+        self._make_room(self.LEARNT)
+        known.update(zip(cells[: self.LEARNT], values, strict=False))
+        return values
+
+    def _make_room(self, count: int) -> None:
+        if len(self.known) + count > self.LIMIT:
+            self.known.clear()
+            self.known.update(self._empty)
 
 
 def _decode(cell: bytes) -> Any:
@@ -241,59 +276,55 @@ _JSON_VALUES = _Memo(lambda cell: layout_messages.to_json(layout_messages.parse(
 # An event at the epoch itself is an empty message.
 _EVENTS = _Memo(decode_timestamp, empty=0)
 
-_Words = NDArray[Any]  # of numpy.uint64
-_MORE = 0x8080_8080_8080_8080  # the bits that say that a varint goes on
-
-# From so many cells on, numpy's fixed cost is less than what it saves.
-_SOME, _MANY = 16, 256
+# From so many cells on, numpy's fixed cost is less than what it saves: with floats, with varints.
+_FEW, _SOME = 8, 16
 
 
-def _float_decoder(form: struct.Struct, tag: int) -> Callable[[Sequence[Cell], _Memo], list[Any]]:
-    """A decoder of columns declared DOUBLE or FLOAT: cells of ``form``, whose first byte is ``tag``."""
-    size, unpack = form.size, form.unpack
-    row = np.dtype([("tag", "u1"), ("value", f"<f{size - 1}")])
-    tags, filler = bytes([tag]), bytes([tag]) + bytes(size - 1)
+class _Floats:
+    """Cells of one float type: ``form`` is a tag and the number."""
 
-    def one(cell: Cell, others: _Memo) -> Any:
-        if cell and len(cell) == size and cell[0] == tag:
-            return unpack(cell)[1]
+    def __init__(self, form: struct.Struct, tag: int) -> None:
+        self._size, self._tag, self._unpack = form.size, tag, form.unpack
+        self._row = np.dtype([("tag", "u1"), ("value", f"<f{form.size - 1}")])
+        self._tags, self._filler = bytes([tag]), bytes([tag]) + bytes(form.size - 1)
+
+    def block(self, columns: Sequence[Sequence[Cell]]) -> NDArray[Any] | None:
+        """The numbers of several columns of one length; None if a cell is missing or of another type."""
+        try:
+            return self._numbers(b"".join(map(b"".join, columns)), len(columns) * len(columns[0]))  # type: ignore[arg-type]
+        except TypeError:  # an absent cell
+            return None
+
+    def column(self, cells: Sequence[Cell], others: _Memo) -> list[Any]:
+        """The numbers of a column; what is of another type is left to ``others``."""
+        if len(cells) >= _FEW:
+            gaps = _gaps(cells)
+            filled: Sequence[Any] = [cell or self._filler for cell in cells] if gaps else cells
+            numbers = self._numbers(b"".join(filled), len(cells))
+            if numbers is not None:
+                values: list[Any] = numbers.tolist()
+                for position in gaps:
+                    values[position] = None
+                return values
+        return [self._one(cell, others) for cell in cells]
+
+    def _one(self, cell: Cell, others: _Memo) -> Any:
+        if cell and len(cell) == self._size and cell[0] == self._tag:
+            return self._unpack(cell)[1]
         return others[cell]
 
-    def column(cells: Sequence[Cell], others: _Memo) -> list[Any]:
-        if len(cells) < _SOME:
-            return [one(cell, others) for cell in cells]
-        gaps: list[int] = []
-        try:
-            joined = b"".join(cells)  # type: ignore[arg-type]
-        except TypeError:  # an absent cell
-            joined = b""
-        if len(joined) != size * len(cells):
-            gaps = _gaps(cells)
-            joined = b"".join([cell or filler for cell in cells])
+    def _numbers(self, joined: bytes, count: int) -> NDArray[Any] | None:
         # Every cell starts where its predecessor ends, so if each place holds the tag, each has this size.
-        if len(joined) != size * len(cells) or joined[::size] != tags * len(cells):
-            return [one(cell, others) for cell in cells]
-        values: list[Any] = np.frombuffer(joined, row)["value"].tolist()
-        for position in gaps:
-            values[position] = None
-        return values
-
-    return column
+        if len(joined) != self._size * count or joined[:: self._size] != self._tags * count:
+            return None
+        found: NDArray[Any] = np.frombuffer(joined, self._row)["value"]
+        return found
 
 
 def _integer_decoder(tag: int) -> Callable[[Sequence[Cell], _Memo], list[Any]]:
     """A decoder of columns declared INT32 or INT64, whose cells begin with ``tag``."""
-
-    def column(cells: Sequence[Cell], others: _Memo) -> list[Any]:
-        found = _integers(cells, tag) if _mostly_different(cells) else None
-        return [others[cell] for cell in cells] if found is None else found
-
-    return column
-
-
-def _mostly_different(cells: Sequence[Cell]) -> bool:
-    """Whether a column is long and varied enough for numpy to beat the memo."""
-    return len(cells) >= _MANY and len(set(cells)) * 4 > len(cells)
+    together = partial(_integers, tag=tag)
+    return lambda cells, others: others.column(cells, together)
 
 
 def _gaps(cells: Sequence[Cell]) -> list[int]:
@@ -301,51 +332,69 @@ def _gaps(cells: Sequence[Cell]) -> list[int]:
     return [position for position, cell in enumerate(cells) if not cell]
 
 
-def _words(cells: Sequence[Cell], gaps: list[int]) -> tuple[_Words, _Words, NDArray[np.int64]]:
-    """The first sixteen bytes of every cell, padded with zeros, as two numbers, and the cells' sizes."""
-    filled = [cell or b"" for cell in cells] if gaps else cells
-    words = np.array(filled, "S16").view("<u8").reshape(-1, 2)
-    sizes = np.fromiter(map(len, filled), np.int64, len(cells))  # type: ignore[arg-type]
-    return words[:, 0].copy(), words[:, 1].copy(), sizes
+def _rows(cells: Sequence[Cell], gaps: list[int], filler: bytes, width: int) -> NDArray[np.uint8] | None:
+    """The cells' bytes as rows, padded with zeros, the filler where there is a gap.
+
+    None if one is longer, or has nothing but a tag: the padding would pass for the number zero.
+    """
+    filled: Sequence[Any] = [cell or filler for cell in cells] if gaps else cells
+    raw = b"".join([cell.ljust(width, b"\0") for cell in filled])
+    if len(raw) != width * len(cells) or min(map(len, filled)) < 2:
+        return None
+    return np.frombuffer(raw, np.uint8).reshape(-1, width)
 
 
-def _sevens(words: _Words) -> _Words:
-    """The low seven bits of each byte, put together: a varint of up to eight bytes."""
-    words = words & 0x7F7F_7F7F_7F7F_7F7F
-    words = words & 0x007F_007F_007F_007F | (words & 0x7F00_7F00_7F00_7F00) >> 1
-    words = words & 0x0000_3FFF_0000_3FFF | (words & 0x3FFF_0000_3FFF_0000) >> 2
-    return words & 0x0000_0000_0FFF_FFFF | (words & 0x0FFF_FFFF_0000_0000) >> 4
+def _varint_weights(rows: int, *places: Sequence[int]) -> NDArray[np.float64]:
+    """A matrix that sums seven-bit groups; each column has those of the bytes at ``places``, lowest first.
+
+    In floats, because those have a fast matrix product; sums below 2**53 are exact.
+    """
+    weights = np.zeros((rows, len(places)))
+    for column, group in enumerate(places):
+        weights[group, column] = 128.0 ** np.arange(len(group))
+    return weights
+
+
+# In a varint every byte but the last has the high bit, and the last is zero only in the number zero. So in
+# a padded row the high bit says exactly that the next byte is not zero.
+_INTEGER_WEIGHTS = _varint_weights(10, range(7), range(7, 10))
 
 
 def _integers(cells: Sequence[Cell], tag: int) -> list[Any] | None:
     """The integers of cells that are all of that tag or empty; None where some are something else."""
     gaps = _gaps(cells)
-    first, second, sizes = _words(cells, gaps)
-    more = np.bitwise_count(first & _MORE >> 8 << 8) + np.bitwise_count(second & _MORE)
-    fitting = (first & 0xFF == tag) & (sizes == more + 2)
-    if np.count_nonzero(fitting) != len(cells) - len(gaps):
+    raw = _rows(cells, gaps, bytes((tag, 0)), 11)
+    if raw is None or (raw[:, 0] != tag).any() or (raw[:, 10] > 1).any():
         return None
-    # The zeros that pad a varint add nothing to its value.
-    values: list[Any] = (_sevens(first >> 8) | _sevens(second) << 49).view(np.int64).tolist()
+    if ((raw[:, 1:10] >= 0x80) != (raw[:, 2:] > 0)).any():
+        return None
+    low, high = ((raw[:, 1:] & 0x7F) @ _INTEGER_WEIGHTS).astype(np.uint64).T
+    values: list[Any] = (low | high << 49).view(np.int64).tolist()
     for position in gaps:
         values[position] = None
     return values
 
 
+# The seconds of the years 1978 to 3058 take five bytes; a fraction follows under the tag 0x10.
+_TIMESTAMP_MASK = np.array([0xFF, 0x80, 0x80, 0x80, 0x80, 0x80, 0xEF], np.uint8)
+_TIMESTAMP_FORM = np.array([0x08, 0x80, 0x80, 0x80, 0x80, 0x00, 0x00], np.uint8)
+_TIMESTAMP_MORE = np.array([0x10, 0x80, 0x80, 0x80, 0x80], np.uint8)
+_TIMESTAMP_WEIGHTS = _varint_weights(12, range(1, 6), range(7, 12))
+_TIMESTAMP_FILLER = b"\x08\x80\x80\x80\x80\x01"
+
+
 def _usual_timestamps(cells: Sequence[Cell]) -> list[int | None] | None:
-    """Timestamps whose seconds take five bytes (the years 1978 to 3058); None where some are others."""
+    """Timestamps whose seconds take five bytes; None where some are others."""
     gaps = _gaps(cells)
-    if gaps and b"" in cells:
+    raw = None if gaps and b"" in cells else _rows(cells, gaps, _TIMESTAMP_FILLER, 12)
+    if raw is None or (raw[:, :7] & _TIMESTAMP_MASK != _TIMESTAMP_FORM).any():
         return None
-    first, second, sizes = _words(cells, gaps)
-    nanos = first >> 48 & 0xFF == 0x10
-    more = np.bitwise_count(first >> 56 & _MORE) + np.bitwise_count(second & _MORE)
-    usual = (first & 0x0000_8080_8080_80FF == 0x0000_0080_8080_8008) & (sizes == np.where(nanos, 8 + more, 6))
-    if np.count_nonzero(usual) != len(cells) - len(gaps):
+    if not raw[:, 5].all() or (raw[:, 11] >= 0x80).any():
         return None
-    seconds = _sevens(first >> 8 & 0xFF_FFFF_FFFF)
-    rest = first >> 56 & 0x7F | _sevens(second) << 7
-    events: list[int | None] = (seconds.view(np.int64) * 1_000_000_000 + rest.view(np.int64)).tolist()
+    if ((raw[:, 6:11] >= _TIMESTAMP_MORE) != (raw[:, 7:] > 0)).any():
+        return None
+    seconds, rest = ((raw & 0x7F) @ _TIMESTAMP_WEIGHTS).astype(np.int64).T
+    events: list[int | None] = (seconds * 1_000_000_000 + rest).tolist()
     for position in gaps:
         events[position] = None
     return events
@@ -386,10 +435,9 @@ _UUIDS: Mapping[Dtype, _Decoder] = {
     Dtype.UUID_SET: _uuid_decoder(_uuids_in(set)),
     Dtype.TIME_UUID_SET: _uuid_decoder(_uuids_in(set)),
 }
-_FLOATS = frozenset({Dtype.DOUBLE, Dtype.FLOAT})
+_FLOATS = {Dtype.DOUBLE: _Floats(_DOUBLE, 0x29), Dtype.FLOAT: _Floats(_FLOAT, 0x35)}
 _BY_DTYPE: Mapping[Dtype, _Decoder] = {
-    Dtype.DOUBLE: _float_decoder(_DOUBLE, 0x29),
-    Dtype.FLOAT: _float_decoder(_FLOAT, 0x35),
+    **{dtype: floats.column for dtype, floats in _FLOATS.items()},
     Dtype.INT32: _integer_decoder(0x18),
     Dtype.INT64: _integer_decoder(0x20),
     **_UUIDS,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from core import contract, layout
@@ -53,13 +54,22 @@ class FeatureVectors:
 
 
 @dataclass(frozen=True, slots=True)
+class _Run:
+    """Adjacent fields of one dtype."""
+
+    dtype: Dtype
+    first: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _ViewSlot:
     """Where one projection's cells lie within the reply to its group's HMGET."""
 
     name: str
     ttl_ns: int
-    first: int
-    features: tuple[tuple[str, Dtype], ...]
+    runs: tuple[_Run, ...]
+    timestamp: int
 
 
 class _KeyGroup:
@@ -72,15 +82,14 @@ class _KeyGroup:
         self._fields: list[bytes] = []
 
     def add(self, view: View, name: str, features: Sequence[str]) -> None:
-        self.slots.append(
-            _ViewSlot(
-                name=name,
-                ttl_ns=round(view.ttl.total_seconds() * 1e6) * 1000,
-                first=len(self._fields),
-                features=tuple((feature_name(name, f), view.feature(f).dtype) for f in features),
-            )
-        )
-        self._fields += [layout.feature_field(view.stored_name, f) for f in features]
+        runs = []
+        by_dtype = sorted(features, key=lambda feature: view.feature(feature).dtype)
+        for dtype, alike in groupby(by_dtype, key=lambda feature: view.feature(feature).dtype):
+            run = list(alike)
+            runs.append(_Run(dtype, len(self._fields), tuple(feature_name(name, f) for f in run)))
+            self._fields += [layout.feature_field(view.stored_name, f) for f in run]
+        ttl_ns = round(view.ttl.total_seconds() * 1e6) * 1000
+        self.slots.append(_ViewSlot(name, ttl_ns, tuple(runs), timestamp=len(self._fields)))
         self._fields.append(layout.timestamp_field(view.stored_name))
 
     @cached_property
@@ -304,14 +313,25 @@ def _decode(
 ) -> None:
     by_field: list[Cells] = list(zip(*cells, strict=True))
     for slot in group.slots:
-        events = layout.decode_timestamps(by_field[slot.first + len(slot.features)])
-        statuses = contract.row_statuses(events, now_ns, slot.ttl_ns)
+        events = layout.decode_timestamps(by_field[slot.timestamp])
+        rows = contract.row_statuses(events, now_ns, slot.ttl_ns)
         into.event_ns[slot.name] = _expand(events, index)
-        for offset, (name, dtype) in enumerate(slot.features):
-            values = decode(by_field[slot.first + offset], dtype)
-            values, value_statuses = contract.apply_status(values, statuses)
-            into.values[name] = _expand(values, index)
-            into.statuses[name] = value_statuses and _expand(value_statuses, index)
+        for run in slot.runs:
+            found = by_field[run.first : run.first + len(run.names)]
+            if rows is None and run.dtype in _FLOATS:
+                numbers = layout.decode_floats(found, run.dtype)
+                if numbers is not None:
+                    for name, column in zip(run.names, numbers, strict=True):
+                        into.values[name] = _expand(column, index)
+                        into.statuses[name] = None
+                    continue
+            for name, column_cells in zip(run.names, found, strict=True):
+                values, statuses = contract.apply_status(decode(column_cells, run.dtype), rows)
+                into.values[name] = _expand(values, index)
+                into.statuses[name] = statuses and _expand(statuses, index)
+
+
+_FLOATS = frozenset({Dtype.DOUBLE, Dtype.FLOAT})
 
 
 def _expand(column: list[Any], index: list[int] | None) -> list[Any]:

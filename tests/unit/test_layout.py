@@ -334,9 +334,10 @@ def test_the_memo_of_decoded_cells_stays_bounded() -> None:
     memo = layout_cells._Memo(len)
     for number in range(2 * memo.LIMIT):
         assert memo[b"%09d" % number] == 9
-    assert len(memo) <= memo.LIMIT + 2
+        assert memo.column([b"%09d" % -number] * 20, lambda cells: [9] * len(cells)) == [9] * 20
+    assert len(memo.known) <= memo.LIMIT + 2
     assert memo[b"x" * 1000] == 1000
-    assert b"x" * 1000 not in memo
+    assert b"x" * 1000 not in memo.known
     assert memo[None] is None
     assert memo[b""] is None
 
