@@ -12,7 +12,7 @@ from cli.main import Context, main
 
 if TYPE_CHECKING:
     from materialization.status import ViewStatus
-    from materialization.verify import Verification
+    from materialization.verify import Difference, Verification
 
 _SHOWN_DIFFERENCES = 20
 
@@ -41,7 +41,8 @@ def _status_line(view: ViewStatus) -> str:
         notes = f"  (a run is under way: {view.running})"
     elif view.interrupted_rows is not None:
         notes = f"  (interrupted after {view.interrupted_rows:,} rows; the next run resumes)"
-    return f"{view.view:<28}{keys:>12}  {times[0]:<17}  {times[1]:<17}  {_age(view.freshness):>10}  {gate}{notes}"
+    age = _age(view.freshness)
+    return f"{view.view:<28}{keys:>12}  {times[0]:<17}  {times[1]:<17}  {age:>10}  {gate}{notes}"
 
 
 def _age(span: timedelta | None) -> str:
@@ -81,12 +82,26 @@ def _verification_text(found: Verification) -> str:
         if view.error is not None:
             lines.append(click.style(f"{view.view}: {view.error}", fg="red"))
             continue
-        count = len(view.differences)
-        verdict = f"{count} differ" if count else "all equal"
-        lines.append(
-            click.style(f"{view.view}: {view.entities:,} entities, {verdict}", fg="red" if count else None)
-        )
-        lines += [f"  {difference}" for difference in view.differences[:_SHOWN_DIFFERENCES]]
-        if count > _SHOWN_DIFFERENCES:
-            lines.append(f"  and {count - _SHOWN_DIFFERENCES} more; --json lists all")
+        harmful = [difference for difference in view.differences if not difference.harmless]
+        harmless = len(view.differences) - len(harmful)
+        verdict = f"{len(harmful)} differ" if harmful else "all equal"
+        expired = f"; {harmless} expired ones were never loaded" if harmless else ""
+        text = f"{view.view}: {view.entities:,} entities compared, {verdict}{expired}"
+        lines.append(click.style(text, fg="red" if harmful else None))
+        lines += [f"  {_difference_line(difference)}" for difference in harmful[:_SHOWN_DIFFERENCES]]
+        if len(harmful) > _SHOWN_DIFFERENCES:
+            lines.append(f"  and {len(harmful) - _SHOWN_DIFFERENCES} more; --json lists all")
     return "\n".join(lines)
+
+
+def _difference_line(difference: Difference) -> str:
+    key = ", ".join(f"{name}={value}" for name, value in difference.key.items())
+    events = " online, ".join(
+        moment.isoformat() if moment else "no row"
+        for moment in (difference.online_event, difference.offline_event)
+    )
+    features = "".join(
+        f"; {name}: {online!r} online, {offline!r} offline"
+        for name, (online, offline) in difference.features.items()
+    )
+    return f"{key}: {difference.cause} ({events} offline){features}"
