@@ -85,6 +85,13 @@ def test_after_a_load_only_what_had_expired_differs_and_does_no_harm(repo: Feast
     assert causes(found) == {5: Cause.EXPIRED}
 
 
+def test_a_row_that_expired_after_it_was_loaded_is_hidden_on_both_sides(repo: FeastRepository) -> None:
+    assert materialize(repo, end=NOW + 20 * DAY).ok
+    found = checked(repo)
+    assert found.ok
+    assert causes(found) == {5: Cause.EXPIRED}
+
+
 def test_every_difference_is_named_with_its_cause(
     repo: FeastRepository, server: Valkey, tmp_path: Path
 ) -> None:
