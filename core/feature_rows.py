@@ -15,7 +15,7 @@ from core import json_values
 from core.errors import InvalidRow
 from core.expectations import Expectation
 from core.json_values import describe
-from core.repository import DUMMY_JOIN_KEY, View
+from core.repository import DUMMY_JOIN_KEY, Feature, View
 from core.types import Dtype
 
 # A row dated in the future wins against every row until then, so a wrong year must not come in.
@@ -76,49 +76,28 @@ def check_rows(
     if wire_names:
         event_name = event_name if event_name in named else _EVENT_TIMESTAMP
         created_name = created_name if created_name is None or created_name in named else _CREATED
-    wanted = [key.name for key in view.join_keys] + [feature.name for feature in view.features]
-    for name in (*wanted, event_name):
+    needed = [*(key.name for key in view.join_keys), *(f.name for f in view.features), event_name]
+    for name in needed:
         if name not in named:
             raise InvalidRow(
                 f"Column `{name}` of view {view.name!r} is missing.",
-                hint=f"Send the columns {', '.join([*wanted, event_name])}.",
+                hint=f"Send the columns {', '.join(needed)}.",
                 field=name,
                 view=view.name,
             )
-    used = [*wanted, event_name, *([created_name] if created_name in named else [])]
+    used = [*needed, *([created_name] if created_name in named else [])]
     rows = _length(view, {name: named[name] for name in used})
-    columns = {}
-    for key in view.join_keys:
-        columns[key.name] = [
-            _value(view, names[key.name], key.dtype, value, row) for row, value in enumerate(named[key.name])
-        ]
-    for feature in view.features:
-        expectation = Expectation.parse(view.name, feature)
-        columns[feature.name] = [
-            _feature_value(view, names[feature.name], feature.dtype, expectation, value, row)
-            for row, value in enumerate(named[feature.name])
-        ]
-    latest = now + MAX_AHEAD
-    events = [_moment(view, names[event_name], value, row) for row, value in enumerate(named[event_name])]
-    for row, event in enumerate(events):
-        if event > latest:
-            raise InvalidRow(
-                f"`{names[event_name]}` in row {row} is {describe(named[event_name][row])}, "
-                f"more than {MAX_AHEAD.days} day ahead.",
-                hint="It would hide every newer row until then. A time without a zone is read as UTC.",
-                field=names[event_name],
-                row=row,
-                view=view.name,
-            )
+    columns = {key.name: _keys(view, names[key.name], key.dtype, named[key.name]) for key in view.join_keys}
+    columns |= {f.name: _features(view, names[f.name], f, named[f.name]) for f in view.features}
     created_ns = None
     if created_name is not None:
-        given_created = named.get(created_name) or [None] * rows
         arrived_ns = arrived_ns if arrived_ns is not None else [_nanoseconds(now)] * rows
         created_ns = [
             arrived_ns[row] if value is None else _nanoseconds(_moment(view, names[created_name], value, row))
-            for row, value in enumerate(given_created)
+            for row, value in enumerate(named.get(created_name) or [None] * rows)
         ]
-    return CheckedRows(view, rows, columns, [_nanoseconds(e) for e in events], created_ns, names)
+    events_ns = _events(view, names[event_name], named[event_name], now + MAX_AHEAD)
+    return CheckedRows(view, rows, columns, events_ns, created_ns, names)
 
 
 def _view_names(view: View, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -163,6 +142,34 @@ def _length(view: View, columns: Mapping[str, Any]) -> int:
     return next(iter(lengths.values()))
 
 
+def _keys(view: View, name: str, dtype: Dtype, values: list[Any]) -> list[Any]:
+    if json_values.uniform(values, dtype):
+        return values
+    return [_value(view, name, dtype, value, row) for row, value in enumerate(values)]
+
+
+def _features(view: View, name: str, feature: Feature, values: list[Any]) -> list[Any]:
+    expectation = Expectation.parse(view.name, feature)
+    if expectation.empty and json_values.uniform(values, feature.dtype):
+        return values
+    checked = []
+    for row, value in enumerate(values):
+        missing = value is None
+        if feature.dtype is Dtype.UNIX_TIMESTAMP:
+            missing = missing or json_values.is_missing_timestamp(value)
+        checked.append(None if missing else _value(view, name, feature.dtype, value, row))
+        broken = expectation.check_value(checked[-1])
+        if broken is not None:
+            raise InvalidRow(
+                f"`{name}` in row {row}: {broken}.",
+                hint=f"The definition of {view.name}:{feature.name} expects it in its tags.",
+                field=name,
+                row=row,
+                view=view.name,
+            )
+    return checked
+
+
 def _value(view: View, name: str, dtype: Dtype, value: Any, row: int) -> Any:
     try:
         found = json_values.read(value, dtype, naive_zone=UTC)
@@ -180,21 +187,18 @@ def _value(view: View, name: str, dtype: Dtype, value: Any, row: int) -> Any:
     return found
 
 
-def _feature_value(
-    view: View, name: str, dtype: Dtype, expectation: Expectation, value: Any, row: int
-) -> Any:
-    missing = value is None or (dtype is Dtype.UNIX_TIMESTAMP and json_values.is_missing_timestamp(value))
-    found = None if missing else _value(view, name, dtype, value, row)
-    broken = expectation.check_value(found)
-    if broken is not None:
+def _events(view: View, name: str, values: list[Any], latest: datetime) -> list[int]:
+    events = [_moment(view, name, value, row) for row, value in enumerate(values)]
+    if events and max(events) > latest:
+        row = next(row for row, event in enumerate(events) if event > latest)
         raise InvalidRow(
-            f"`{name}` in row {row}: {broken}.",
-            hint=f"The definition of {view.name}:{name} expects it in its tags.",
+            f"`{name}` in row {row} is {describe(values[row])}, more than {MAX_AHEAD.days} day ahead.",
+            hint="It would hide every newer row until then. A time without a zone is read as UTC.",
             field=name,
             row=row,
             view=view.name,
         )
-    return found
+    return list(map(_nanoseconds, events))
 
 
 def _moment(view: View, name: str, value: Any, row: int) -> datetime:
