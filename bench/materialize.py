@@ -135,7 +135,7 @@ def _pipe(folder: Path, port: int) -> float:
     repo = FeastRepository.open(folder)
     store = repo.store()
     view = store.get_feature_view("behavior")
-    materializer = Materializer(store.config, store._get_provider().offline_store)
+    materializer = Materializer.of_store(store)
     window = Window(views.as_us(START), views.as_us(END))
     stored = views.stored_view(view, store.config)
     fields = [Field(f.name, f.dtype) for f in stored.features]

@@ -14,9 +14,8 @@ from core.expectations import NUMERIC, sql_is_null
 from core.repository import Feature
 from core.source import identifier
 from core.types import Dtype
-from materialization.window import STAGED, Staged
+from materialization.window import SAMPLED, Staged
 
-SAMPLE_ROWS = 20_000
 # Below this the index measures noise: with n rows on each side and 10 bins it is about 18 / n by itself.
 PSI_MIN_ROWS = 1_000
 _BINS = 10
@@ -43,26 +42,21 @@ def stability_index(before: Sequence[float], after: Sequence[float]) -> float:
     return sum((a - b) * math.log(a / b) for b, a in pairs)
 
 
-def _sampled(staged: Staged) -> str:
-    """About ``SAMPLE_ROWS`` of the staged rows, the same ones every time."""
-    step = max(1, staged.rows // SAMPLE_ROWS)
-    return f"(SELECT * FROM {STAGED} WHERE rowid % {step} = 0)"
-
-
 def _bins(staged: Staged, feature: Feature) -> list[Any] | None:
     """What divides the feature's values: deciles of a number, the values of a category; None for others."""
     column = identifier(feature.name)
-    sample = _sampled(staged)
     if feature.dtype in NUMERIC:
         steps = [index / _BINS for index in range(1, _BINS)]
         sql = (
-            f"SELECT quantile_cont({column}::DOUBLE, {steps}) FROM {sample} "
+            f"SELECT quantile_cont({column}::DOUBLE, {steps}) FROM {SAMPLED} "
             f"WHERE {column} IS NOT NULL AND isfinite({column}::DOUBLE)"
         )
         ((edges,),) = staged.con.sql(sql).fetchall()
         return None if edges is None else sorted(set(edges))
     if feature.dtype in {Dtype.STRING, Dtype.BOOL}:
-        sql = f"SELECT DISTINCT {column} FROM {sample} WHERE {column} IS NOT NULL LIMIT {_MAX_CATEGORIES + 1}"
+        sql = (
+            f"SELECT DISTINCT {column} FROM {SAMPLED} WHERE {column} IS NOT NULL LIMIT {_MAX_CATEGORIES + 1}"
+        )
         values = [value for (value,) in staged.con.sql(sql).fetchall()]
         return sorted(values) if len(values) <= _MAX_CATEGORIES else None
     return None
@@ -80,7 +74,7 @@ def shares(staged: Staged, feature: Feature, bins: Sequence[Any]) -> list[float]
         place = f"CASE {column} {cases} ELSE {len(bins)} END" if cases else "0"
     sql = (
         f"SELECT CASE WHEN {null} THEN {len(bins) + 1} ELSE {place} END AS bin, count(*) "
-        f"FROM {_sampled(staged)} GROUP BY bin"
+        f"FROM {SAMPLED} GROUP BY bin"
     )
     counts = dict(staged.con.sql(sql).fetchall())
     total = sum(counts.values())

@@ -32,10 +32,12 @@ from materialization.report import Observer, Progress, ViewReport, joined
 from materialization.window import Staged, ViewSource, Window, partitions_for
 
 if TYPE_CHECKING:
-    from feast import FeatureView, RepoConfig
+    from feast import FeatureStore, FeatureView, RepoConfig
     from feast.infra.offline_stores.offline_store import OfflineStore
 
+ENGINE = "materialization.engine.BulkComputeEngine"
 MEMORY_LIMIT = "400MB"
+SHARED_MEMORY_LIMIT = "250MB"
 _WITNESSES = 8
 
 
@@ -78,6 +80,29 @@ class Materializer:
         self._threads = threads
         self._temp_directory = temp_directory
         self.address = RedisAddress.from_online_store(config.online_store.model_dump())
+
+    @classmethod
+    def of_store(cls, store: FeatureStore, *, parallel: int = 1) -> Materializer:
+        """For a Feast store, by the settings of its ``batch_engine`` where that is Banquet's.
+
+        ``parallel`` views at a time share the memory.
+
+        Raises:
+            InvalidRepository: the online store is not Redis.
+        """
+        provider: Any = store._get_provider()
+        config = store.config
+        engine = config.batch_engine_config
+        settings = engine if isinstance(engine, dict) and engine.get("type") == ENGINE else {}
+        folder = settings.get("temp_directory")
+        return cls(
+            config,
+            provider.offline_store,
+            memory_limit=settings.get("memory_limit")
+            or (MEMORY_LIMIT if parallel < 2 else SHARED_MEMORY_LIMIT),
+            threads=settings.get("threads"),
+            temp_directory=Path(config.repo_path or ".") / folder if folder else None,
+        )
 
     @property
     def rows_expire(self) -> bool:

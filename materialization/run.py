@@ -1,4 +1,4 @@
-"""A materialization of a repository: which views, in what order, and what Feast's registry says after it.
+"""A materialization of a repository: which views, and what Feast's registry says after it.
 
 Knows no command line; progress and results are plain records. A view that fails leaves the others alone.
 """
@@ -6,8 +6,10 @@ Knows no command line; progress and results are plain records. A view that fails
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from core.errors import BanquetError, InvalidRequest, NotFound
@@ -19,6 +21,8 @@ from materialization.report import Observer, RunReport, ViewReport
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
+# One view is read and judged while another is written.
+PARALLEL = 2
 _FIRST_EVENT = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -33,7 +37,7 @@ def materialize(
     wait_seconds: float = 0.0,
     observe: Observer | None = None,
 ) -> RunReport:
-    """Load what is due in every view that is stored online, or in those named.
+    """Load what is due in every view that is stored online, or in those named, two at a time.
 
     With ``start`` the window from it to ``end`` is loaded; without, what is new since the last run, late rows
     included. ``end`` is now by default. Views in ``force`` are loaded though they fail the gate. ``dry_run``
@@ -52,16 +56,11 @@ def materialize(
     if start is not None and start > end:
         raise InvalidRequest(f"The window ends at {end}, before it starts at {start}.")
     store = repo.store()
-    provider: Any = store._get_provider()
-    materializer = Materializer(store.config, provider.offline_store)
-    reports = []
-    for view in chosen_views(store, view_names):
-        if not dry_run:
-            _end_interrupted_state(store, view)
-        began = _interval_start(view, start, end)
-        if (reason := views.needs_feast(view)) is not None:
-            reports.append(_through_feast(store, view, began, end, reason, dry_run=dry_run))
-            continue
+    store.refresh_registry()
+    chosen = chosen_views(store, view_names)
+    run = _Run(store, Materializer.of_store(store, parallel=min(PARALLEL, len(chosen))), start, end, dry_run)
+
+    def load(view: Any) -> ViewReport:
         request = Request(
             start=start,
             end=end,
@@ -71,14 +70,48 @@ def materialize(
             wait_seconds=wait_seconds,
             observe=observe,
         )
+        return run.load(view, request)
+
+    with ThreadPoolExecutor(PARALLEL, "banquet-materialize") as executor:
+        return RunReport(tuple(executor.map(load, chosen)))
+
+
+class _Run:
+    """What the views of a run share: the registry, one at a time."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        materializer: Materializer,
+        start: datetime | None,
+        end: datetime,
+        dry_run: bool,
+    ) -> None:
+        self._store = store
+        self._materializer = materializer
+        self._start = start
+        self._end = end
+        self._dry_run = dry_run
+        # Feast's registries read, change and write back.
+        self._registry = Lock()
+
+    def load(self, view: Any, request: Request) -> ViewReport:
+        """One view; its errors are in the report."""
+        store, began = self._store, _interval_start(view, self._start, self._end)
+        if not self._dry_run:
+            with self._registry:
+                _end_interrupted_state(store, view)
+        if (reason := views.needs_feast(view)) is not None:
+            with self._registry:
+                return _through_feast(store, view, began, self._end, reason, dry_run=self._dry_run)
         try:
-            report = materializer.load_view(view, request)
+            report = self._materializer.load_view(view, request)
         except BanquetError as exc:
-            report = ViewReport(view=view.name, error=exc)
-        if report.ok and not dry_run:
-            store.registry.apply_materialization(view, store.project, began, end)
-        reports.append(report)
-    return RunReport(tuple(reports))
+            return ViewReport(view=view.name, error=exc)
+        if report.ok and not self._dry_run:
+            with self._registry:
+                store.registry.apply_materialization(view, store.project, began, self._end)
+        return report
 
 
 def chosen_views(store: FeatureStore, names: Sequence[str] | None) -> list[Any]:

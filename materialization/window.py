@@ -23,6 +23,8 @@ EVENT = "__event"
 EVENT_NS = "__event_ns"
 CREATED_NS = "__created_ns"
 STAGED = "staged"
+SAMPLED = "sampled"
+SAMPLE_ROWS = 20_000
 # Rows of the source that one pass over it sorts: what bounds the memory of a load.
 PARTITION_ROWS = 1_250_000
 
@@ -152,6 +154,8 @@ class ViewSource:
             self.con.execute(f"{target} {self.newest_sql(window, own)}{order}")
         sql = f"SELECT count(*), max({EVENT_NS}), max({CREATED_NS}) FROM {STAGED}"
         ((rows, event_ns, created_ns),) = self.con.execute(sql).fetchall()
+        some = f"SELECT * FROM {STAGED} WHERE rowid % {max(1, rows // SAMPLE_ROWS)} = 0"
+        self.con.execute(f"CREATE OR REPLACE TEMP TABLE {SAMPLED} AS {some}")
         return Staged(self.con, self.view, rows, None if event_ns is None else event_ns // 1000, created_ns)
 
     @cached_property
@@ -174,7 +178,11 @@ class ViewSource:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """The rows of one load: how many, and their newest timestamps. ``con`` has them as ``staged``."""
+    """The rows of one load: how many, and their newest timestamps.
+
+    ``con`` has them as the table ``staged``, and about ``SAMPLE_ROWS`` of them, always the same ones, as
+    ``sampled``.
+    """
 
     con: duckdb.DuckDBPyConnection
     view: View
@@ -184,8 +192,8 @@ class Staged:
 
     def sample(self, rows: int) -> pa.Table:
         """About ``rows`` of them, spread over all, the same ones every time."""
-        step = max(1, self.rows // rows)
-        sql = f"SELECT * EXCLUDE ({EVENT_NS}) FROM {STAGED} WHERE rowid % {step} = 0 LIMIT {rows}"
+        step = max(1, min(self.rows, SAMPLE_ROWS) // rows)
+        sql = f"SELECT * EXCLUDE ({EVENT_NS}) FROM {SAMPLED} WHERE rowid % {step} = 0 LIMIT {rows}"
         return self.con.sql(sql).to_arrow_table()
 
     def batches(self, batch_rows: int, skip: int = 0) -> Iterator[pa.RecordBatch]:
