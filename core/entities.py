@@ -152,7 +152,7 @@ class EntitySchema:
             else:
                 try:
                     checked.append(json_values.read(value, dtype))
-                except ValueError:
+                except json_values.NotOfType:
                     wanted = json_values.wanted(dtype)
                     raise InvalidEntity(
                         f"`{name}` in row {row} is {describe(value)}; it must be {wanted}.",

@@ -173,7 +173,7 @@ def _features(view: View, name: str, feature: Feature, values: list[Any]) -> lis
 def _value(view: View, name: str, dtype: Dtype, value: Any, row: int) -> Any:
     try:
         found = json_values.read(value, dtype, naive_zone=UTC)
-    except ValueError:
+    except json_values.NotOfType:
         found = None
     if found is None:
         raise InvalidRow(

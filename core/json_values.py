@@ -21,6 +21,10 @@ from core.errors import InvalidFeatureValue
 from core.types import Dtype
 
 
+class NotOfType(ValueError):
+    """A JSON value is not of the type it should be; the message for the caller is made from ``wanted``."""
+
+
 def read(value: Any, dtype: Dtype, *, naive_zone: tzinfo | None = None) -> Any:
     """The Python value that ``value``, as a JSON parser gives it, stands for.
 
@@ -33,7 +37,7 @@ def read(value: Any, dtype: Dtype, *, naive_zone: tzinfo | None = None) -> Any:
         naive_zone: the time zone of a timestamp that names none; None refuses it.
 
     Raises:
-        ValueError: it is not of that type. The message is not for the caller; see ``wanted``.
+        NotOfType: it is not of that type.
     """
     try:
         if dtype in _ELEMENTS:
@@ -42,8 +46,8 @@ def read(value: Any, dtype: Dtype, *, naive_zone: tzinfo | None = None) -> Any:
             element = _ELEMENTS[dtype]
             return [_element(entry, element, naive_zone) for entry in value]
         return _scalar(value, dtype, naive_zone)
-    except (TypeError, ArithmeticError, OSError, RecursionError, struct.error, InvalidFeatureValue) as exc:
-        raise ValueError(dtype.name) from exc
+    except _REFUSALS as exc:
+        raise NotOfType(dtype.name) from exc
 
 
 def uniform(column: list[Any], dtype: Dtype) -> bool:
@@ -180,6 +184,16 @@ def _zoned(value: Any) -> datetime:
     return datetime.fromisoformat(value)
 
 
+# What parsers of texts, of numbers and of structures raise for what they do not take.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    OSError,
+    RecursionError,
+    struct.error,
+    InvalidFeatureValue,
+)
 _INT_RANGES = {Dtype.INT64: (-(2**63), 2**63 - 1), Dtype.INT32: (-(2**31), 2**31 - 1)}
 _EXACT: dict[Dtype, type] = {Dtype.INT64: int, Dtype.INT32: int, Dtype.STRING: str}
 _CHECKS: Mapping[Dtype, Callable[[Any], Any]] = {
