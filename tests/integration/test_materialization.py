@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from feast import Field
+from feast import BatchFeatureView, FeatureView, Field
 from feast.feature_view import FeatureViewState
 from feast.types import Float64, String
 
@@ -20,6 +20,7 @@ from core.repository import FeastRepository
 from materialization.ledger import Ledger
 from materialization.report import Progress, ViewReport
 from materialization.run import materialize
+from tests.support import table_source
 from tests.support.loads import (
     MIXED_FIELDS,
     NOW,
@@ -32,6 +33,7 @@ from tests.support.loads import (
     values,
     write_rows,
 )
+from tests.support.table_source import TableSource
 from tests.support.valkey import Valkey
 
 VALUE = Field(name="value", dtype=Float64)
@@ -367,3 +369,57 @@ def test_key_ttl_seconds_and_skip_dedup_mean_what_they_mean_in_feast(server: Val
     assert values(repo, [1]) == [1.0]
     with server.client() as client:
         assert [4000 < client.ttl(key) <= 5000 for key in everything(server)] == [True]
+
+
+def test_a_source_that_is_no_file_comes_by_way_of_its_offline_store(server: Valkey, tmp_path: Path) -> None:
+    """New rows and late ones: what the store calls the newest of the whole window is cut to what is new."""
+    times = pd.to_datetime(["2026-04-20", "2026-04-20", "2026-04-21"], utc=True)
+    table_source.TABLES["orders"] = pd.DataFrame(
+        {"uid": [1, 2, 2], "at": times, "made": times, "v": [1.0, 2.0, 2.5]}
+    )
+    source = TableSource(
+        name="orders",
+        timestamp_field="at",
+        created_timestamp_column="made",
+        field_mapping={"uid": "user_id", "v": "value"},
+    )
+    repo = repository(tmp_path / "repo", server, offline="tests.support.table_source.TableOfflineStore")
+    view = FeatureView(name="behavior", entities=[USER], schema=[VALUE], source=source, ttl=timedelta(0))
+    repo.store().apply([USER, view])
+    assert load(repo).written == 2
+    assert values(repo, [1, 2]) == [1.0, 2.5]
+    late = pd.DataFrame({"uid": [1], "at": [times[2]], "made": [NOW], "v": [11.0]})
+    table_source.TABLES["orders"] = pd.concat([table_source.TABLES["orders"], late])
+    report = load(repo, NOW + timedelta(days=1))
+    assert (report.reason, report.rows) == ("incremental, with late rows", 2)
+    assert values(repo, [1, 2]) == [11.0, 2.5]
+
+
+@pytest.mark.filterwarnings("ignore:Batch feature views are experimental:RuntimeWarning")
+def test_a_view_that_transforms_goes_through_feasts_own_engine(server: Valkey, tmp_path: Path) -> None:
+    write_rows(tmp_path / "e.parquet", [(1, "2026-04-20", "2026-04-20", 2.0)])
+    batch = a_view(tmp_path / "e.parquet").batch_source
+    view = BatchFeatureView(
+        name="behavior",
+        entities=[USER],
+        schema=[Field(name="value", dtype=Float64)],
+        source=batch,
+        mode="pandas",
+        udf=doubled,
+        udf_string="doubled",
+        ttl=timedelta(days=90),
+        online=True,
+        offline=False,
+    )
+    repo = repository(tmp_path / "repo", server, offline="file")
+    repo.store().apply([USER, view])
+    assert load(repo, start=START).reason == "through Feast: it has a transformation"
+    assert values(repo, [1]) == [4.0]
+    with server.client() as client:
+        client.flushall()
+    repo.store().materialize(START, NOW)
+    assert values(repo, [1]) == [4.0]
+
+
+def doubled(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(value=frame["value"] * 2)
