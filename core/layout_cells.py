@@ -204,6 +204,10 @@ def json_column(values: Sequence[Any], dtype: Dtype) -> list[Any]:
     Raises:
         InvalidFeatureValue: a value cannot be of that type.
     """
+    if dtype in _INTEGERS and set(map(type, values)) == {int}:
+        within = _INTEGERS[dtype][1]
+        if min(values) in within and max(values) in within:
+            return list(values)
     same = _SAME_IN_JSON.get(dtype)
     return [value if type(value) is same or value is None else json_value(value, dtype) for value in values]
 
