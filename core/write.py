@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from core import layout
 from core.errors import BanquetError, LeaseLost, RedisUnavailable
 from core.layout_columns import Piece
-from core.layout_rows import Commands, EncodedRows, assemble, bulk_string, command_head
+from core.layout_rows import Commands, EncodedRows, RowEncoder, assemble, bulk_string, command_head
 from core.redis import RedisAddress
 from core.redis_channels import ChannelPool
 from core.repository import View
+from core.types import Dtype, Field
 
 # A transaction of a slice holds up other clients of Redis for about a millisecond.
 SLICE_ROWS = 256
@@ -36,7 +37,18 @@ SLICE_BYTES = 1 << 20
 CONNECTIONS = 3
 _SLOTS = 16384
 OPTIMISTIC_ATTEMPTS = 3
+# Below it, preparing the columns costs more than it saves.
+BULK_ROWS = 64
 RETRY_DELAYS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
+
+_ARROW = {
+    Dtype.INT64: pa.int64(),
+    Dtype.INT32: pa.int32(),
+    Dtype.DOUBLE: pa.float64(),
+    Dtype.FLOAT: pa.float32(),
+    Dtype.STRING: pa.string(),
+    Dtype.BOOL: pa.bool_(),
+}
 
 _SCRIPT = b"""
 local function timestamp(bytes)
@@ -114,7 +126,7 @@ class Fence:
 def encode_rows(
     project: str, view: View, columns: Mapping[str, Sequence[Any]], event_ns: Sequence[int]
 ) -> EncodedRows:
-    """Encode a few rows of Python values: pushes and events. Bulk loads use ``layout_rows.RowEncoder``.
+    """Encode rows of Python values: pushes and events. Bulk loads use ``layout_rows.RowEncoder`` itself.
 
     ``columns`` holds a sequence per join key and per feature of the view. Event timestamps (nanoseconds
     since the epoch, UTC) are rounded down to microseconds, as Feast stores them.
@@ -123,6 +135,9 @@ def encode_rows(
         InvalidEntity: a join key's value cannot be of its type.
         InvalidFeatureValue: a feature's value cannot be of its type.
     """
+    dtypes = {key.dtype for key in view.join_keys} | {feature.dtype for feature in view.features}
+    if len(event_ns) >= BULK_ROWS and dtypes <= _ARROW.keys():
+        return _encode_columns(project, view, columns, event_ns)
     event_ns = [ns // 1000 * 1000 for ns in event_ns]
     keys = layout.EntityKeys(project, view.join_keys).encode([columns[key.name] for key in view.join_keys])
     if not view.join_keys:
@@ -143,6 +158,21 @@ def encode_rows(
         field_count=len(names),
         event_ns=np.array(event_ns, np.int64),
     )
+
+
+def _encode_columns(
+    project: str, view: View, columns: Mapping[str, Sequence[Any]], event_ns: Sequence[int]
+) -> EncodedRows:
+    """``encode_rows`` by column: the same bytes, several times faster for many rows."""
+    features = [Field(feature.name, feature.dtype) for feature in view.features]
+    fields = (*view.join_keys, *features)
+    arrays = [pa.array(columns[field.name], _ARROW[field.dtype]) for field in fields]
+    arrays.append(pa.array([ns // 1000 for ns in event_ns], pa.int64()).cast(pa.timestamp("us", tz="UTC")))
+    # By number, as a feature may have any name.
+    names = {field.name: str(number) for number, field in enumerate(fields)}
+    batch = pa.record_batch(arrays, names=[*names.values(), "event"])
+    encoder = RowEncoder(project, view.stored_name, view.join_keys, features, "event", names)
+    return encoder.encode(batch)
 
 
 class _Batch:
@@ -166,12 +196,14 @@ class _Batch:
         self.lookups = assemble(len(rows), look, *rows.key, bulk_string(self.timestamp_field))
         head = command_head(2 + 2 * rows.field_count) + bulk_string(b"HSET")
         expire: tuple[Piece, ...] = ()
+        self._tail = 0
         if writer.key_ttl_seconds:
             start = command_head(3) + bulk_string(b"EXPIRE")
-            expire = (start, *rows.key, bulk_string(b"%d" % writer.key_ttl_seconds))
+            seconds = bulk_string(b"%d" % writer.key_ttl_seconds)
+            expire = (start, *rows.key, seconds)
+            self._tail = len(start) + len(seconds)
         self.writes = assemble(len(rows), head, *rows.key, *rows.fields, *expire)
         self._head = len(head)
-        self._tail = sum(len(piece) for piece in expire if isinstance(piece, bytes))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,6 +164,8 @@ class Ledger:
         Raises:
             AlreadyRunning: another run still holds it after ``wait_seconds``.
         """
+        from redis.exceptions import RedisError
+
         token = json.dumps({**this_process(), "id": uuid.uuid4().hex, "since": time.time()}).encode()
         deadline = time.monotonic() + wait_seconds
         while not self.client.set(self.lease_key, token, nx=True, px=int(LEASE_SECONDS * 1000)):
@@ -182,7 +184,8 @@ class Ledger:
         finally:
             stop.set()
             renewal.join()
-            self.client.eval(_RELEASE, 1, self.lease_key, token)
+            with suppress(RedisError):  # it then ends by itself
+                self.client.eval(_RELEASE, 1, self.lease_key, token)
 
     def _renew(self, token: bytes, stop: threading.Event) -> None:
         from redis.exceptions import RedisError

@@ -13,7 +13,7 @@ import hiredis
 
 from core.layout_rows import EncodedRows, RowEncoder, assemble
 from core.repository import View
-from core.types import Field
+from core.types import Dtype, Field
 from core.write import Fence, OnlineWriter, PendingWrite, WriteResult
 from materialization.window import CREATED_NS, EVENT, Staged
 
@@ -57,6 +57,8 @@ def load(
     """
     view = staged.view
     encoder = row_encoder(writer.project, view)
+    # Feast stores a time in a key to the second: two keys of the source may be one in Redis.
+    distinct = all(key.dtype is not Dtype.UNIX_TIMESTAMP for key in view.join_keys)
     pending: deque[_Chunk] = deque()
     total = WriteResult()
 
@@ -72,7 +74,7 @@ def load(
             end += batch.num_rows
             created = batch.column(CREATED_NS).to_pylist() if settle_ties_by_created else None
             rows = encoder.encode(batch)
-            write = writer.submit(view.stored_name, rows, created_ns=created, distinct=True, fence=fence)
+            write = writer.submit(view.stored_name, rows, created_ns=created, distinct=distinct, fence=fence)
             pending.append(_Chunk(end, write))
             if len(pending) > _PENDING_CHUNKS:
                 total += finish()

@@ -198,7 +198,7 @@ class _Task:
         unfinished = self._ledger.unfinished()
         report = None
         if unfinished is not None and self._can_resume(unfinished):
-            staged = self._stage(self._open(unfinished.window), unfinished.window, unfinished.partitions)
+            staged = self._open(unfinished.window).stage(unfinished.window, unfinished.partitions)
             report = self._load(unfinished, staged, fence, gate=None)
         wanted = self.due()
         if report is not None and unfinished is not None and unfinished.window == wanted.window:
@@ -210,9 +210,10 @@ class _Task:
         """What ``run`` would find due, and how the gate would judge it; writes nothing."""
         wanted = self.due()
         source = self._open(wanted.window)
-        partitions = partitions_for(source.count(wanted.window))
-        staged = self._stage(source, wanted.window, partitions)
-        gate = self._judge(wanted, source, staged)
+        rows, nameless = source.measure(wanted.window)
+        partitions = partitions_for(rows)
+        staged = source.stage(wanted.window, partitions)
+        gate = self._judge(wanted, source, staged, nameless)
         run = self._planned(wanted, staged, partitions)
         estimate = self._materializer.estimate(self._ledger.client, staged)
         return self._report(run, staged, WriteResult(), gate=gate, estimate=estimate)
@@ -238,9 +239,10 @@ class _Task:
 
     def _gated(self, wanted: Due, fence: Fence) -> ViewReport:
         source = self._open(wanted.window)
-        partitions = partitions_for(source.count(wanted.window))
-        staged = self._stage(source, wanted.window, partitions)
-        gate = self._judge(wanted, source, staged)
+        rows, nameless = source.measure(wanted.window)
+        partitions = partitions_for(rows)
+        staged = source.stage(wanted.window, partitions)
+        gate = self._judge(wanted, source, staged, nameless)
         run = self._planned(wanted, staged, partitions)
         if not gate.passed and not gate.forced:
             self._ledger.note(fence, gate=self._gate_record(gate))
@@ -255,17 +257,14 @@ class _Task:
     def _open(self, window: Window) -> ViewSource:
         return self._materializer.open_source(self._con, self._view, window)
 
-    def _stage(self, source: ViewSource, window: Window, partitions: int) -> Staged:
-        return source.stage(window, partitions)
-
-    def _judge(self, wanted: Due, source: ViewSource, staged: Staged) -> GateResult:
+    def _judge(self, wanted: Due, source: ViewSource, staged: Staged, nameless: int) -> GateResult:
         gate = judge(
             staged,
             source.feature_types,
             limits=Limits.parse(self._view.name, self._view.tags or {}),
             end_us=wanted.window.end_us,
             whole=wanted.kind == WHOLE,
-            nameless=source.nameless(wanted.window),
+            nameless=nameless,
             reference=self._ledger.recall(_reference(wanted.kind)),
         )
         return replace(gate, forced=self._request.force and not gate.passed)

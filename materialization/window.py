@@ -117,18 +117,17 @@ class ViewSource:
 
     def count(self, window: Window) -> int:
         """How many rows lie in the window, older ones of the same key included."""
-        sql = f"SELECT count(*) FROM {self.scan.table} WHERE {self._where(window)}"
-        ((rows,),) = self.con.execute(sql).fetchall()
-        return int(rows)
+        return self.measure(window)[0]
 
-    def nameless(self, window: Window) -> int:
-        """How many rows in the window have a null in their key; they cannot be stored."""
-        if not self.keys:
-            return 0
-        unknown = " OR ".join(f"{identifier(column)} IS NULL" for column in self.keys.values())
-        sql = f"SELECT count(*) FROM {self.scan.table} WHERE {self._where(window)} AND ({unknown})"
-        ((rows,),) = self.con.execute(sql).fetchall()
-        return int(rows)
+    def measure(self, window: Window) -> tuple[int, int]:
+        """How many rows lie in the window, and how many of them have a null in their key: not storable."""
+        unknown = " OR ".join(f"{identifier(column)} IS NULL" for column in self.keys.values()) or "false"
+        sql = (
+            f"SELECT count(*), count(*) FILTER (WHERE {unknown}) "
+            f"FROM {self.scan.table} WHERE {self._where(window)}"
+        )
+        ((rows, nameless),) = self.con.execute(sql).fetchall()
+        return int(rows), int(nameless)
 
     def sample_keys(self, window: Window, count: int, seed: int) -> pa.Table:
         """Up to ``count`` distinct keys with a row in the window, drawn at random: a column per join key."""

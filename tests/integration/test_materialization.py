@@ -11,12 +11,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from feast import BatchFeatureView, FeatureView, Field
+from feast import BatchFeatureView, Entity, FeatureView, Field, ValueType
 from feast.feature_view import FeatureViewState
 from feast.types import Float64, String
 
+from core import layout
 from core.errors import AlreadyRunning, GateFailed, InvalidRequest, NotFound
 from core.repository import FeastRepository
+from core.types import Dtype
 from materialization.ledger import Ledger
 from materialization.report import Progress, ViewReport
 from materialization.run import materialize
@@ -34,7 +36,7 @@ from tests.support.loads import (
     write_rows,
 )
 from tests.support.table_source import TableSource
-from tests.support.valkey import Valkey
+from tests.support.valkey import Cluster, Valkey
 
 VALUE = Field(name="value", dtype=Float64)
 
@@ -369,6 +371,55 @@ def test_key_ttl_seconds_and_skip_dedup_mean_what_they_mean_in_feast(server: Val
     assert values(repo, [1]) == [1.0]
     with server.client() as client:
         assert [4000 < client.ttl(key) <= 5000 for key in everything(server)] == [True]
+
+
+def test_keys_that_are_times_of_one_second_are_one_key(server: Valkey, tmp_path: Path) -> None:
+    """Feast's key holds whole seconds; of the rows that fall together the newest stays, in every order."""
+    moment = pd.Timestamp("2026-04-01T10:00:00", tz="UTC")
+    n = 600
+    frame = pd.DataFrame(
+        {
+            "moment": [moment + pd.Timedelta(i // 2, "s") + pd.Timedelta(i % 2, "ms") for i in range(n)],
+            "event_timestamp": [START + timedelta(hours=1 + (i % 2 == i // 2 % 2)) for i in range(n)],
+            "created": [START] * n,
+            "value": [float(i) for i in range(n)],
+        }
+    )
+    frame.to_parquet(tmp_path / "e.parquet")
+    by_time = Entity(name="moment", join_keys=["moment"], value_type=ValueType.UNIX_TIMESTAMP)
+    repo = repository(tmp_path / "repo", server)
+    repo.store().apply([by_time, a_view(tmp_path / "e.parquet", entities=[by_time])])
+    load(repo)
+    found = [
+        layout.decode_value(fields[layout.feature_field("behavior", "value")], Dtype.DOUBLE)
+        for fields in everything(server).values()
+    ]
+    newest = frame.loc[frame.groupby(frame.moment.dt.floor("s")).event_timestamp.idxmax(), "value"]
+    assert sorted(found) == sorted(newest)
+
+
+def test_a_cluster_gets_the_rows_that_a_single_server_gets(server: Valkey, tmp_path: Path) -> None:
+    rows = [(user, "2026-04-20", "2026-04-20", float(user)) for user in range(700)]
+    write_rows(tmp_path / "e.parquet", rows)
+    view = a_view(tmp_path / "e.parquet")
+    single = repository(tmp_path / "single", server)
+    single.store().apply([USER, view])
+    load(single)
+    with Cluster(tmp_path) as cluster:
+        nodes = ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes)
+        spread = repository(tmp_path / "spread", server)
+        config = spread.path / "feature_store.yaml"
+        text = config.read_text().replace(f"{server.connection_string},db=0", nodes)
+        config.write_text(text.replace("type: redis,", "type: redis, redis_type: redis_cluster,"))
+        spread = FeastRepository.open(spread.path)
+        spread.store().apply([USER, view])
+        assert load(spread).written == 700
+        assert load(spread, NOW + timedelta(hours=1)).reason == "incremental"
+        assert values(spread, [1, 699]) == [1.0, 699.0]
+        found: dict[bytes, dict[bytes, bytes]] = {}
+        for node in cluster.masters:
+            found |= everything(node)
+        assert found == everything(server)
 
 
 def test_a_source_that_is_no_file_comes_by_way_of_its_offline_store(server: Valkey, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 from core import layout
 from core.errors import LeaseLost, RedisAccessDenied, RedisReplyError, RedisUnavailable
 from core.layout_rows import EncodedRows
+from core.redis import RedisAddress
 from core.repository import Feature, View
 from core.types import Dtype, Field
 from core.write import Fence, OnlineWriter, WriteResult, encode_rows
-from tests.support.valkey import Cluster, SentinelTrio, Valkey
+from tests.support.valkey import Cluster, SentinelTrio, Valkey, certificate, tls_front
 
 SECOND = 1_000_000_000
 NOW = 1_760_000_000 * SECOND
@@ -268,6 +269,16 @@ def test_a_sentinel_failover_in_the_middle_is_survived(tmp_path: Path) -> None:
         assert writer.write("behavior", rows(range(100), [2.0] * 100, [NOW + SECOND] * 100)).written == 100
         with trio.master.client() as client:
             assert stored(client, 5) == (2.0, NOW + SECOND)
+
+
+def test_rows_go_through_tls(server: Valkey, tmp_path: Path) -> None:
+    pem, key = certificate(tmp_path)
+    with tls_front(server, pem, key) as port:
+        address = RedisAddress(hosts=(("127.0.0.1", port),), options={"ssl": True, "ssl_ca_certs": str(pem)})
+        with OnlineWriter(address, "shop") as writer:
+            batch = rows(range(2000), [1.0] * 2000, [NOW] * 2000)
+            for distinct in (True, False):
+                assert writer.write("behavior", batch, distinct=distinct).written == 2000
 
 
 def test_a_cluster_gets_each_row_on_the_node_of_its_slot(tmp_path: Path) -> None:

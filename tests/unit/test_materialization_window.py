@@ -116,8 +116,7 @@ def test_rows_without_a_key_are_left_out_and_counted() -> None:
     events = frame((1, "2026-03-01", 1.0), (None, "2026-03-01", 2.0), (None, "2027-03-01", 2.0))
     source = make_source(VIEW, events)
     window = Window(None, us("2026-04-01"))
-    assert source.nameless(window) == 1
-    assert source.count(window) == 2
+    assert source.measure(window) == (2, 1)
     assert loaded(source, window)["user_id"].tolist() == [1]
 
 
