@@ -212,34 +212,14 @@ class LoadedModel:
 
 
 def _check_schema(manifest: ModelManifest, serves: ServiceSchema) -> None:
-    trained, name = manifest.schema, f"Model {manifest.name} version {manifest.version}"
-    hint = "Train a version on the present definitions, or restore the ones it was trained on."
-    if trained == serves:
-        return
-    was = {feature.name: feature for feature in trained.features}
-    now = {feature.name: feature for feature in serves.features}
-    problems = [f"{gone} is gone" for gone in was if gone not in now]
-    problems += [f"{new} is new" for new in now if new not in was]
-    for feature in was.keys() & now.keys():
-        if was[feature].dtype is not now[feature].dtype:
-            problems.append(f"{feature} was {was[feature].dtype.name} and is {now[feature].dtype.name}")
-        if was[feature].ttl_seconds != now[feature].ttl_seconds:
-            before, after = was[feature].ttl_seconds, now[feature].ttl_seconds
-            problems.append(f"the ttl of {feature} was {before:g} s and is {after:g} s")
-    if not problems and list(was) != list(now):
-        problems.append("the order of the features changed")
-    if trained.service != serves.service:
-        problems.append(f"the feature service is {serves.service}")
-    if trained.join_keys != serves.join_keys:
-        problems.append("the join keys changed")
-    if trained.request_inputs != serves.request_inputs:
-        problems.append("the request-time inputs changed")
-    listed = "; ".join(sorted(problems))
-    raise SchemaMismatch(
-        f"{name} was trained on another {trained.service!r}: {listed}.",
-        hint=hint,
-        differences=sorted(problems),
-    )
+    differences = manifest.schema.differences(serves)
+    if differences:
+        raise SchemaMismatch(
+            f"Model {manifest.name} version {manifest.version} was trained on another "
+            f"{manifest.schema.service!r}: {'; '.join(differences)}.",
+            hint="Train a version on the present definitions, or restore the ones it was trained on.",
+            differences=differences,
+        )
 
 
 def _check_libraries(manifest: ModelManifest) -> None:
