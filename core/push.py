@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import InvalidRequest, InvalidRow, InvalidSource, PushSourceNotFound
 from core.feature_rows import CheckedRows
 from core.repository import Definitions, FeastRepository, View
+from core.types import Dtype
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +35,14 @@ def fed_views(definitions: Definitions, source: str) -> list[View]:
             field="push_source_name",
         )
     return views
+
+
+_PLAIN = frozenset(
+    (
+        *(Dtype.STRING, Dtype.BYTES, Dtype.BOOL, Dtype.INT32, Dtype.INT64),
+        *(Dtype.FLOAT, Dtype.DOUBLE, Dtype.UNIX_TIMESTAMP),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +108,10 @@ def offline_rows(target: OfflineTarget, checked: Sequence[CheckedRows], given: M
             )
     columns: dict[str, Any] = dict(given)
     for part in checked:
+        complex_ = {feature.name for feature in part.view.features if feature.dtype not in _PLAIN}
         for name, values in part.columns.items():
-            columns[part.names[name]] = [_storable(value) for value in values]
+            kept = [_storable(value) for value in values] if name in complex_ else values
+            columns[part.names[name]] = kept
         source = part.view.source
         times = {} if source is None else {source.timestamp: part.event_ns}
         if source is not None and source.created is not None and part.created_ns is not None:
@@ -146,17 +157,13 @@ def append_offline(repository: FeastRepository, target: OfflineTarget, rows: pa.
 def _arrow_type(source: Any, text: str) -> pa.DataType | None:
     """The Arrow type of a source's column by Feast's mapping; None for a type that has no single one."""
     from feast.type_map import feast_value_type_to_pa
-    from feast.value_type import ValueType
 
-    simple = (
-        *(ValueType.STRING, ValueType.BYTES, ValueType.BOOL, ValueType.INT32, ValueType.INT64),
-        *(ValueType.FLOAT, ValueType.DOUBLE, ValueType.UNIX_TIMESTAMP),
-    )
     try:
         found = source.source_datatype_to_feast_value_type()(text)
     except (KeyError, ValueError, AttributeError, NotImplementedError):
         return None
-    return feast_value_type_to_pa(found, timestamp_unit="us") if found in simple else None
+    plain = found.value in _PLAIN  # Dtype has Feast's numbers
+    return feast_value_type_to_pa(found, timestamp_unit="us") if plain else None
 
 
 def _require_columns(target: OfflineTarget, given: Mapping[str, Any]) -> None:
