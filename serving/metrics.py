@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 # Where workers share their counts; prometheus_client reads it when it is first imported.
@@ -98,7 +96,8 @@ class RequestMetrics:
     def text(self) -> bytes:
         """The metrics of every worker in Prometheus' text format."""
         registry = self.registry
-        if os.environ.get(SHARED_FOLDER):
+        # Importing Feast sets the variable, long after prometheus_client has chosen where to count.
+        if values.ValueClass is not values.MutexValue:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         found: bytes = generate_latest(registry)

@@ -19,7 +19,7 @@ from core import layout
 from core.repository import FeastRepository
 from core.types import Dtype, Field
 from tests.support import every_type
-from tests.support.server import banquet
+from tests.support.server import banquet, banquet_process
 
 NOW = datetime.now(tz=UTC).replace(microsecond=0)
 ITEMS = count(1000)
@@ -296,6 +296,14 @@ def test_a_push_offline_appends_to_the_batch_source(valkey: Any, tmp_path: Path)
         asked = {"item_id": both["item_id"], "shelf_code": ["low"]}
         assert read(server, ["graded:score"], **asked)["score"]["values"] == [3.5]
         assert both["item_id"][0] in pd.read_parquet(source)["item_id"].tolist()
+
+
+def test_the_metrics_survive_the_import_of_feast_for_an_offline_push(valkey: Any, tmp_path: Path) -> None:
+    """Feast sets the variable by which prometheus_client shares counts, in a process that counts already."""
+    every_type.applied(tmp_path, valkey.connection_string, project="offline_metrics")
+    with banquet_process(tmp_path) as server:
+        assert push(server, shelf_rows(score=None, points=[2.5]), to="offline").status_code == 200
+        assert 'banquet_requests_total{route="/push",status="200"} 1.0' in server.get("/metrics").text
 
 
 def test_other_requests_are_answered_while_large_pushes_are_written(server: httpx.Client) -> None:

@@ -73,7 +73,9 @@ def feast_serve(repo: Path) -> Iterator[httpx.Client]:
 def _process(
     command: list[str], port: int, path: str, *, cwd: Path, environ: Mapping[str, Any]
 ) -> Iterator[httpx.Client]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BANQUET_")}
+    # Feast sets Prometheus' variables in the process of the tests.
+    own = ("BANQUET_", "PROMETHEUS_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     process = subprocess.Popen(
         command,
         cwd=cwd,
