@@ -43,8 +43,11 @@ format: $(READY)  ## Format and fix
 bench-serving: $(READY)  ## Measure the server beside feast serve and its limits (needs wrk)
 	$(BIN)/python bench/serving.py $(ARGS)
 
+bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a second
+	$(BIN)/python bench/stream.py $(ARGS)
+
 lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
-.PHONY: help install demo test unit lint check format bench-serving lock
+.PHONY: help install demo test unit lint check format bench-serving bench-stream lock

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # An append of a single file rewrites it: appends may take up to a tenth of the time.
 REST_PER_APPEND = 9.0
+MAX_REST_SECONDS = 60.0
 MAX_ROWS = 500_000
 RETRY_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)
 
@@ -32,7 +33,7 @@ class OfflineAppender:
     """Appends batches in a thread of its own.
 
     An append is due ``seconds`` after the first row came or with ``rows`` rows, but not before the last one
-    is nine times as long ago as it took, unless half of ``MAX_ROWS`` wait.
+    is nine times as long ago as it took (``MAX_REST_SECONDS`` at most), unless half of ``MAX_ROWS`` wait.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class OfflineAppender:
                 if self._until_done(lambda b=batches, d=done: self._append(b, d)):  # type: ignore[misc]
                     self._until_done(lambda b=batches: self._settle(b))  # type: ignore[misc]
                 ended = time.monotonic()
-                self._rest_until = ended + REST_PER_APPEND * (ended - began)
+                self._rest_until = ended + min(REST_PER_APPEND * (ended - began), MAX_REST_SECONDS)
                 with self._changed:
                     self._waiting -= sum(batch.rows for batch in batches)
         except Exception as exc:  # noqa: BLE001 — handed to the thread that reads

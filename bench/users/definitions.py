@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.types import Float64, Int64, String
 
 user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
@@ -29,6 +29,9 @@ user_behavior = FeatureView(
         Field(name="user_id", dtype=Int64),
         *(Field(name=f"signal_{i}", dtype=Float64) for i in range(10)),
     ],
-    source=FileSource(path="data/user_behavior.parquet", timestamp_field="event_timestamp"),
+    source=PushSource(
+        name="user_behavior_push",
+        batch_source=FileSource(path="data/user_behavior.parquet", timestamp_field="event_timestamp"),
+    ),
 )
 users = FeatureService(name="users", features=[user_demographics, user_behavior])
