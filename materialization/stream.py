@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Destination = Literal["online", "offline", "online_and_offline"]
 
 # Long enough that at a high rate entries come by the dozen, short against the 100 ms an event may take.
-LINGER_SECONDS = 0.008
+LINGER_SECONDS = 0.01
 CLAIM_SECONDS = 2.0
 TRIM_SECONDS = 5.0
 OUTAGE_PAUSE_SECONDS = 0.5
