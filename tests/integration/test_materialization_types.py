@@ -33,6 +33,7 @@ from feast.types import (
 )
 from feast.types import Decimal as Decimal_
 
+from core.feast_protos import Value
 from materialization.run import materialize
 from tests.support.loads import NOW, START, everything, repository
 from tests.support.valkey import Valkey
@@ -137,6 +138,19 @@ EVENT_TYPES = {
 
 
 @pytest.mark.filterwarnings("ignore:Discarding nonzero nanoseconds:UserWarning")  # stock Feast's
+def _same_but_for_order(ours: bytes, stock: bytes) -> bool:
+    """Stock writes map entries and the texts of a set in an order that changes with the hash seed."""
+    messages = [Value.FromString(cell) for cell in (ours, stock)]
+    kinds = [message.WhichOneof("val") or "" for message in messages]
+    if kinds[0] != kinds[1] or len(ours) != len(stock):
+        return False
+    if kinds[0].endswith("_set_val"):
+        return sorted(getattr(messages[0], kinds[0]).val) == sorted(getattr(messages[1], kinds[1]).val)
+    return ("map" in kinds[0] or "struct" in kinds[0]) and bool(messages[0] == messages[1])
+
+
+# Stock says so of the nanosecond timestamps that it cuts to microseconds, as Banquet does.
+@pytest.mark.filterwarnings("ignore:Discarding nonzero nanoseconds:UserWarning")
 def test_every_type_and_key_shape_has_stock_feasts_bytes(server: Valkey, tmp_path: Path) -> None:
     arrays = {name: pa.array(values, kind) for name, (_, kind, values) in COLUMNS.items()}
     arrays |= {name: pa.array(values, kind) for name, (_, kind, values) in KEYS.items()}
@@ -173,4 +187,7 @@ def test_every_type_and_key_shape_has_stock_feasts_bytes(server: Valkey, tmp_pat
     expected, found = everything(server, 0), everything(server, 1)
     assert set(found) == set(expected)
     assert len(expected) > 6 * ROWS
-    assert found == expected
+    for key, row in expected.items():
+        assert set(found[key]) == set(row)
+        for name, cell in row.items():
+            assert found[key][name] == cell or _same_but_for_order(found[key][name], cell), (key, name)
