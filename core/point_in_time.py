@@ -2,11 +2,11 @@
 
 Pure DuckDB and Arrow: knows scans, keys and timestamps; knows no Feast and no file.
 
-Per view, two passes over the source. The first reads keys and timestamps only: a semi-join with the entity
-rows' keys and the range of their timestamps cut the source down, then an ASOF join finds for each entity
-row the timestamp of its newest source row. The second pass fetches the features of exactly those
-(key, timestamp) pairs; a pair that several source rows share is settled there. The cost is linear in
-rows plus events (a sort of what the cuts leave), and only keys and timestamps are ever sorted.
+Per view, the source is read twice. The first time keys and timestamps only: a semi-join with the entity rows'
+keys and the range of their timestamps cut it down to candidates, an ASOF join finds for each entity row the
+timestamp of its newest candidate, and ties are settled among the candidates. The second time the features of
+exactly those rows, by their place in the files. The cost is linear in rows plus events (a sort of what the
+cuts leave), and no feature is ever sorted but those of the result.
 
 Times are compared as integers since the epoch, in nanoseconds where the source has them and in
 microseconds otherwise, so that neither side is rounded.
@@ -15,9 +15,10 @@ microseconds otherwise, so that neither side is rounded.
 # ruff: noqa: S608  SQL is built from identifiers quoted by core.source.identifier and from numbers
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import duckdb
 import numpy as np
@@ -109,19 +110,33 @@ def point_in_time_join(
     event_ns: dict[str, np.ndarray] = {}
     try:
         for view in views:
-            # Where the files give each row a position, nothing depends on the order of a scan.
-            con.execute(f"SET preserve_insertion_order = {not view.scan.position}")
             join = _Join(con, view, keys, key_types, known_by_then, expired)
-            tables.append(join.run(rows))
+            # Where the files give each row a place, nothing depends on the order of a scan.
+            con.execute(f"SET preserve_insertion_order = {not _place(view.scan.position)}")
+            tables.append(_unchanged(view.scan, partial(join.run, rows)))
             statuses[view.name] = join.status
             if expired:
                 event_ns[view.name] = join.event_ns
     finally:
         con.execute("RESET preserve_insertion_order")
-        con.execute("DROP TABLE IF EXISTS entity")
-        con.execute("DROP TABLE IF EXISTS found")
+        for table in ("entity", "copy", "candidate", "found", "winner"):
+            con.execute(f"DROP TABLE IF EXISTS {table}")
     columns = {name: table[name] for table in tables for name in table.column_names}
     return Joined(pa.table(columns), statuses, event_ns)
+
+
+def _unchanged(scan: Scan, read: Callable[[], pa.Table]) -> pa.Table:
+    """What ``read`` makes of ``scan``, whose files must stay as they are between the two readings.
+
+    Raises:
+        InvalidSource: they changed every time.
+    """
+    for _ in range(3):
+        before = scan.state()
+        table = read()
+        if scan.state() == before:
+            return table
+    raise InvalidSource(f"{scan.location} changes while it is read.", hint="Run it again later.")
 
 
 def epoch(expression: str, kind: str, unit: str) -> str:
@@ -186,7 +201,7 @@ def _load_entities(
 
 
 class _Join:
-    """The two passes over one view's source; in each statement ``s`` is the source, ``e`` the entity rows."""
+    """One view's join. In every statement ``s`` is the source, ``e`` the entity rows."""
 
     def __init__(
         self,
@@ -203,11 +218,9 @@ class _Join:
         nanoseconds = {kinds[name] for name in (view.timestamp, available) if name} & _NANOSECOND_TYPES
         self.unit, self.upper = ("ns", "ns") if nanoseconds else ("us", "us_up")
         self.ttl = view.ttl // _MICROSECOND * (1000 if nanoseconds else 1)
-        self.time = epoch(_column(view.timestamp), kinds[view.timestamp], self.unit)
-        self.available = epoch(_column(available), kinds[available], self.unit) if available else None
-        # What identifies a source row, short of ties: names in table `found`, values in the source.
+        # What of a source row the join looks at: names in the table `candidate`, values in the source.
         self.entity_keys: list[str] = []
-        self.identity: dict[str, str] = {}
+        self.looked_at: dict[str, str] = {}
         for key, source_key in view.keys.items():
             name, kind, source_kind = f"k{keys.index(key)}", key_types[key], kinds[source_key]
             sides = comparable(f"e.{name}", kind, _column(source_key), source_kind)
@@ -218,11 +231,15 @@ class _Join:
                     hint=f"Convert the column {key!r} of the entity rows.",
                 )
             self.entity_keys.append(sides[0])
-            self.identity[name] = sides[1]
-        self.names = list(self.identity)
-        self.identity["t"] = self.time
-        if self.available:
-            self.identity["c"] = self.available
+            self.looked_at[name] = sides[1]
+        self.keys = list(self.looked_at)
+        self.looked_at["t"] = epoch(_column(view.timestamp), kinds[view.timestamp], self.unit)
+        if available:
+            self.looked_at["c"] = epoch(_column(available), kinds[available], self.unit)
+        # Equal in these, source rows tie.
+        self.identity = list(self.looked_at)
+        if view.created:
+            self.looked_at["made"] = _column(view.created)
         self.features = ", ".join(
             f"{_column(name)} AS f{number}" for number, name in enumerate(view.features.values())
         )
@@ -231,92 +248,140 @@ class _Join:
         """The features, one row per entity row; sets ``status`` and, for expired rows, ``event_ns``."""
         self.status = np.full(rows, FeatureStatus.NOT_FOUND, np.int8)
         self.event_ns = np.zeros(rows if self.expired else 0, np.int64)
-        found = self._find()
-        table = self._fetch(found) if found else self._no_rows()
-        if table.num_rows < rows:
-            at = np.full(rows, -1, np.int64)
-            at[table["row"].to_numpy()] = np.arange(table.num_rows)
-            table = table.combine_chunks().take(pa.array(at, mask=at < 0))
-        return table.drop_columns(["row"]).rename_columns(list(self.view.features))
-
-    def _find(self) -> int:
-        """Create ``found``: per entity row the identity of its newest source row. Return how many count."""
         bounds = self.con.execute(f"SELECT min({self.upper}), max({self.unit}) FROM entity").fetchall()
         lowest, highest = bounds[0]
-        if lowest is None:
-            return 0
+        found = 0
+        if lowest is not None:
+            self._look(lowest, highest)
+            found = self._find(lowest)
+        table = self._fetch(found)
+        places = table["row"].to_numpy()
+        columns = [_spread(column, places, rows) for column in table.columns[1:]]
+        return pa.table(columns, names=list(self.view.features))
+
+    def _look(self, lowest: int, highest: int) -> None:
+        """Create ``candidate``: of the source rows in range whose keys are asked for, times and places."""
+        scan = self.view.scan
         scale = 1000 if self.unit == "ns" else 1
         start = (lowest - self.ttl) // scale if self.ttl and not self.expired else None
-        kind = self.view.scan.columns[self.view.timestamp]
+        kind = scan.columns[self.view.timestamp]
         self.where = within(_column(self.view.timestamp), kind, start, -(-highest // scale))
-        source = f"SELECT {_aliased(self.identity)} FROM {self.view.scan.table} AS s WHERE {self.where}"
-        on = [f"{entity} = s.{name}" for name, entity in zip(self.names, self.entity_keys, strict=True)]
-        if on:
-            source = f"SELECT s.* FROM ({source}) s SEMI JOIN entity e ON {' AND '.join(on)}"
-        at = "t"
-        if self.available:
-            # Known from max(event, created time) on; the newest event among those known then, for each.
-            at = "known"
-            by = f"PARTITION BY {', '.join(self.names)}" if self.names else ""
-            newest = f"max(row(t, c)) OVER ({by} ORDER BY greatest(t, c))"
-            source = (
-                f"SELECT * REPLACE (newest[1] AS t, newest[2] AS c) FROM "
-                f"(SELECT *, greatest(t, c) AS known, {newest} AS newest FROM ({source}) WHERE c IS NOT NULL)"
+        self.source, self.place = f"{scan.table} AS s", _place(scan.position)
+        if not self.place:
+            # Rows that have no place in a file get one in a copy of what is needed of them.
+            needed = {*self.view.keys.values(), *self.view.features.values(), self.view.timestamp}
+            if self.view.created:
+                needed.add(self.view.created)
+            columns = ", ".join(map(_column, sorted(needed)))
+            self.con.execute(
+                f"CREATE OR REPLACE TEMP TABLE copy AS SELECT {columns} FROM {self.source} WHERE {self.where}"
             )
+            self.source, self.place = "copy AS s", "s.rowid"
+        columns = ", ".join(f"{value} AS {name}" for name, value in self.looked_at.items())
+        semi_join = ""
+        if self.keys:
+            on = zip(self.entity_keys, self.keys, strict=True)
+            same = " AND ".join(f"{entity} = {self.looked_at[name]}" for entity, name in on)
+            semi_join = f"SEMI JOIN entity e ON {same}"
+        self.con.execute(
+            f"CREATE OR REPLACE TEMP TABLE candidate AS SELECT {columns}, {self.place} AS place "
+            f"FROM {self.source} {semi_join} WHERE {self.where}"
+        )
+
+    def _find(self, lowest: int) -> int:
+        """Create ``found``: per entity row the identity of its newest candidate. Return how many count."""
+        identity = ", ".join(f"s.{name}" for name in self.identity)
+        source, at = "candidate", "t"
+        if "c" in self.identity:
+            # Known from max(event, created time) on; the newest event among those known then, for each.
+            by = f"PARTITION BY {', '.join(self.keys)}" if self.keys else ""
+            newest = f"max(row(t, c)) OVER ({by} ORDER BY greatest(t, c))"
+            source, at = (
+                f"(SELECT * REPLACE (newest[1] AS t, newest[2] AS c) FROM (SELECT *, "
+                f"greatest(t, c) AS known, {newest} AS newest FROM candidate WHERE c IS NOT NULL))",
+                "known",
+            )
+        on = [f"{entity} = s.{name}" for entity, name in zip(self.entity_keys, self.keys, strict=True)]
         # 64 bits hold the difference unless the ttl spans centuries.
         upper = f"e.{self.upper}" if lowest - self.ttl > -(1 << 63) else f"e.{self.upper}::HUGEINT"
         fresh = f"s.t >= {upper} - {self.ttl}" if self.ttl else "true"
         self.con.execute(
-            f"CREATE OR REPLACE TEMP TABLE found AS "
-            f"SELECT e.row, {', '.join(f's.{name}' for name in self.identity)} FROM entity e "
-            f"ASOF JOIN ({source}) s ON {' AND '.join([*on, f'e.{self.unit} >= s.{at}'])}"
+            f"CREATE OR REPLACE TEMP TABLE found AS SELECT e.row, {identity} FROM entity e "
+            f"ASOF JOIN {source} s ON {' AND '.join([*on, f'e.{self.unit} >= s.{at}'])}"
             + ("" if self.expired else f" WHERE {fresh}")
         )
         if self.expired:
             # The newest row is found whatever its age; what is past its ttl goes only then.
             found = self.con.execute("SELECT row, t FROM found").fetchnumpy()
             self.status[found["row"]] = FeatureStatus.OUTSIDE_MAX_AGE
-            self.event_ns[found["row"]] = found["t"] * (1000 // scale)
+            self.event_ns[found["row"]] = found["t"] * (1 if self.unit == "ns" else 1000)
             self.con.execute(
                 f"DELETE FROM found s WHERE NOT (SELECT {fresh} FROM entity e WHERE e.row = s.row)"
             )
         found_rows = self.con.execute("SELECT row FROM found").fetchnumpy()["row"]
         self.status[found_rows] = FeatureStatus.PRESENT
+        self._settle(len(found_rows))
         return len(found_rows)
 
+    def _settle(self, found: int) -> None:
+        """Create ``winner``: per row found the place of the candidate that counts."""
+        same = " AND ".join(f"f.{name} = s.{name}" for name in self.identity)
+        # Where candidates tie there are more pairs than rows, at worst millions for each row: the limit
+        # stops before they pile up.
+        self.con.execute(
+            f"CREATE OR REPLACE TEMP TABLE winner AS SELECT f.row, s.place FROM found f "
+            f"JOIN candidate s ON {same} LIMIT {found + 1}"
+        )
+        if self.con.execute("SELECT count(*) FROM winner").fetchall()[0][0] == found:
+            return
+        identity = ", ".join(f"s.{name}" for name in self.identity)
+        newest = "s.made DESC NULLS LAST, s.place DESC" if self.view.created else "s.place DESC"
+        self.con.execute(
+            f"CREATE OR REPLACE TEMP TABLE winner AS SELECT f.row, s.place FROM found f JOIN ("
+            f"SELECT {identity}, s.place FROM candidate s SEMI JOIN found f ON {same} "
+            f"QUALIFY row_number() OVER (PARTITION BY {identity} ORDER BY {newest}) = 1) s ON {same}"
+        )
+
     def _fetch(self, found: int) -> pa.Table:
-        """The features of the rows in ``found``, behind their row numbers, in order."""
-        on = " AND ".join(f"{value} = f.{name}" for name, value in self.identity.items())
-        # Where source rows share an identity there are more rows than that, at worst millions for each:
-        # the limit stops before they pile up.
-        table = self.con.sql(
-            f"SELECT * FROM (SELECT f.row, {self.features} FROM {self.view.scan.table} AS s "
-            f"JOIN found f ON {on} WHERE {self.where} LIMIT {found + 1}) ORDER BY row"
-        ).to_arrow_table()
-        return table if table.num_rows == found else self._fetch_tied()
-
-    def _fetch_tied(self) -> pa.Table:
-        """``_fetch`` where several source rows share an identity: the last written of them counts."""
-        scan = self.view.scan
-        table, position = f"{scan.table} AS s", list(scan.position)
-        if not position:
-            table, position = f"(SELECT *, row_number() OVER () AS place FROM {scan.table}) AS s", ["place"]
-        newest = [f"s.{name} DESC" for name in position]
-        if self.view.created:
-            newest.insert(0, f"{_column(self.view.created)} DESC NULLS LAST")
-        same = " AND ".join(f"{value} = f.{name}" for name, value in self.identity.items())
-        on = " AND ".join(f"w.{name} = f.{name}" for name in self.identity)
-        return self.con.sql(
-            f"SELECT f.row, w.* EXCLUDE ({', '.join(self.identity)}) FROM found f JOIN ("
-            f"SELECT {_aliased(self.identity)}, {self.features} FROM {table} SEMI JOIN found f ON {same} "
-            f"WHERE {self.where} QUALIFY row_number() OVER ("
-            f"PARTITION BY {', '.join(self.identity.values())} ORDER BY {', '.join(newest)}) = 1"
-            f") w ON {on} ORDER BY f.row"
-        ).to_arrow_table()
-
-    def _no_rows(self) -> pa.Table:
-        query = f"SELECT 0::BIGINT AS row, {self.features} FROM {self.view.scan.table} AS s LIMIT 0"
+        """The features of the winners, behind their row numbers."""
+        if not found:
+            query = f"SELECT 0::BIGINT AS row, {self.features} FROM {self.view.scan.table} AS s LIMIT 0"
+        else:
+            query = (
+                f"SELECT w.row, {self.features} FROM {self.source} JOIN winner w ON {self.place} = w.place "
+                f"WHERE {self.where}"
+            )
         return self.con.sql(query).to_arrow_table()
+
+
+def _spread(column: pa.ChunkedArray, places: np.ndarray, rows: int) -> pa.Array:
+    """A column of ``rows`` values with those of ``column`` at ``places`` and nulls elsewhere."""
+    kind = column.type
+    if not pa.types.is_primitive(kind) or kind.bit_width % 8:
+        at = np.full(rows, -1, np.int64)
+        at[places] = np.arange(len(places))
+        return column.combine_chunks().take(pa.array(at, mask=at < 0))
+    # Several times faster than ``take``, which most columns are worth.
+    width = np.dtype(f"i{kind.bit_width // 8}")
+    values, valid = np.zeros(rows, width), np.zeros(rows, np.bool_)
+    start = 0
+    for chunk in column.chunks:
+        there = places[start : start + len(chunk)]
+        values[there] = np.frombuffer(chunk.buffers()[1], width, len(chunk), chunk.offset * width.itemsize)
+        valid[there] = np.asarray(chunk.is_valid()) if chunk.null_count else True
+        start += len(chunk)
+    bits = np.packbits(valid, bitorder="little")
+    return pa.Array.from_buffers(kind, rows, [pa.py_buffer(bits), pa.py_buffer(values)])
+
+
+def _place(position: Sequence[str]) -> str:
+    """SQL for a number that grows with a row's position in its files; empty where it is not known."""
+    if position == ("file_row_number",):
+        return "s.file_row_number"
+    if position == ("file_index", "file_row_number"):
+        # 2^40 rows in a file, 2^23 files.
+        return "(s.file_index * 1099511627776 + s.file_row_number)"
+    return ""
 
 
 def comparable(left: str, left_kind: str, right: str, right_kind: str) -> tuple[str, str] | None:
@@ -389,7 +454,3 @@ def _as_timestamp(expression: str, kind: str) -> tuple[str, str]:
 
 def _column(name: str) -> str:
     return f"s.{identifier(name)}"
-
-
-def _aliased(expressions: Mapping[str, str]) -> str:
-    return ", ".join(f"{value} AS {name}" for name, value in expressions.items())

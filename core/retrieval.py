@@ -25,7 +25,7 @@ from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.type_map import feast_value_type_to_pa
 
-from core.errors import EntityFrameError, InvalidSource
+from core.errors import EntityFrameError, InvalidRepository, InvalidSource
 from core.point_in_time import ViewJoin, within
 from core.source import Scan, connect, identifier, literal, scan
 
@@ -44,6 +44,14 @@ def session(config: RepoConfig) -> Iterator[duckdb.DuckDBPyConnection]:
         con = connect(memory_limit=store.memory_limit, threads=store.threads, temp_directory=spill)
         try:
             yield con
+        except duckdb.OutOfMemoryException as exc:
+            raise InvalidRepository(
+                f"The work does not fit into offline_store.memory_limit ({store.memory_limit or 'default'}): "
+                f"{str(exc).splitlines()[0]}",
+                hint="Raise memory_limit, or give temp_directory a larger disk.",
+            ) from exc
+        except (duckdb.IOException, duckdb.InvalidInputException) as exc:
+            raise InvalidSource(f"A source cannot be read: {exc}") from exc
         finally:
             con.close()
 

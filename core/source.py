@@ -6,6 +6,7 @@ Knows paths, file systems and formats; knows no join, no feature view and no off
 # ruff: noqa: S608  SQL is built from identifiers quoted by core.source.identifier and from numbers
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -33,13 +34,22 @@ class Scan:
 
     ``table`` is a table expression, ``columns`` its column names with their DuckDB types, ``position`` the
     columns that order its rows as they lie in the files (empty where the reader knows none), ``location``
-    what a message calls it.
+    what a message calls it, ``files`` the local files behind it.
     """
 
     table: str
     columns: Mapping[str, str]
     position: tuple[str, ...]
     location: str
+    files: tuple[str, ...] = ()
+
+    def state(self) -> object:
+        """Changes when a local file behind it does."""
+        try:
+            found = [os.stat(file) for file in self.files]
+        except FileNotFoundError as exc:
+            raise InvalidSource(f"{exc.filename} went away while it was read.") from exc
+        return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found]
 
     def column(self, name: str, field_mapping: Mapping[str, str]) -> str:
         """The source's own name of the column that Feast knows as ``name``.
@@ -135,8 +145,13 @@ def _scan_files(con: duckdb.DuckDBPyConnection, files: Sequence[str], location: 
     listed = ", ".join(literal(_escape(file)) for file in files)
     table = f"read_parquet([{listed}]{options})"
     columns = _describe(con, table, location)
-    position = tuple(name for name in ("file_index", "file_row_number") if name not in columns)
-    return Scan(table, columns, position, location)
+    position: tuple[str, ...] = ("file_row_number",)
+    if len(files) > 1:
+        position = ("file_index", *position)
+    if columns.keys() & set(position):
+        # The source's own columns hide what DuckDB would say.
+        position = ()
+    return Scan(table, columns, position, location, () if "://" in files[0] else tuple(files))
 
 
 def local_files(location: str) -> list[str]:

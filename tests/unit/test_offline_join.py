@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,10 +121,12 @@ def join(
     known_by_then: bool = False,
     expired: bool = False,
     created: str | None = "created",
+    placed: bool = True,
 ) -> Joined:
+    scan = scan_parquet(con, str(path))
     view = ViewJoin(
         name="view",
-        scan=scan_parquet(con, str(path)),
+        scan=scan if placed else replace(scan, position=()),
         keys=keys if keys is not None else {"key0": "key0"},
         features={"view__value": "value"},
         timestamp="at",
@@ -174,6 +178,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "rows": draw(st.lists(st.tuples(key, moment(entity_step)), max_size=12)),
         "ttl": draw(st.integers(0, 5)) * max(tick, 1_000),
         "known_by_then": draw(st.booleans()),
+        "placed": draw(st.booleans()),
         "files": draw(st.integers(1, 3)),
         "source_kind": source_kind,
         "entity_kind": entity_kind,
@@ -181,7 +186,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_join_equals_the_oracle_on_any_frame(case, con, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("source") / "events"
@@ -193,7 +198,14 @@ def test_join_equals_the_oracle_on_any_frame(case, con, tmp_path_factory) -> Non
 
     for expired in (False, True):
         joined = join(
-            con, entities, path, keys=keys, ttl=ttl, known_by_then=case["known_by_then"], expired=expired
+            con,
+            entities,
+            path,
+            keys=keys,
+            ttl=ttl,
+            known_by_then=case["known_by_then"],
+            expired=expired,
+            placed=case["placed"],
         )
         assert joined.features["view__value"].to_pylist() == [value for value, _ in wanted]
         statuses = [FeatureStatus(status) for status in joined.statuses["view"]]
@@ -374,6 +386,89 @@ def test_columns_named_like_the_joins_own_do_not_disturb_it(con, tmp_path: Path)
     )
     joined = point_in_time_join(con, entities, "at", [view])
     assert joined.features.to_pylist() == [{f"view__{name}": n for n, name in enumerate(names)}]
+
+
+def test_columns_that_hide_the_place_of_a_row_do_not_confuse_the_files(con, tmp_path: Path) -> None:
+    for number in range(2):
+        at = times([START, START + SECOND], pa.timestamp("us"))
+        columns = {"key0": [1, 1], "at": at, "value": [2 * number, 2 * number + 1]}
+        for name in ("file_index", "file_row_number"):
+            columns[name] = [7, 7]
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    rows = [((1,), START), ((1,), START + SECOND)]
+    joined = join(con, entity_rows(rows, pa.timestamp("us")), tmp_path, created=None)
+    assert joined.features["view__value"].to_pylist() == [2, 3]
+
+
+def test_columns_of_every_shape_come_back_with_their_nulls(con, tmp_path: Path) -> None:
+    columns = {
+        "small": pa.array([1, None, 3], pa.int8()),
+        "flag": pa.array([True, None, False]),
+        "text": pa.array(["a", None, "c"]),
+        "days": pa.array([1, None, 3], pa.date32()),
+        "money": pa.array([Decimal("1.50"), None, Decimal("3.25")]),
+        "many": pa.array([[1], None, [2, None]]),
+        "deep": pa.array([{"x": 1}, None, {"x": None}]),
+    }
+    at = times([START] * 3, pa.timestamp("us"))
+    pq.write_table(pa.table({"key0": [1, 2, 3], "at": at, **columns}), tmp_path / "events.parquet")
+    view = ViewJoin(
+        name="view",
+        scan=scan_parquet(con, str(tmp_path / "events.parquet")),
+        keys={"key0": "key0"},
+        features={name: name for name in columns},
+        timestamp="at",
+        created=None,
+        ttl=timedelta(0),
+    )
+    order = [3, 9, 1, 3, 2]
+    entities = entity_rows([((key,), START) for key in order], pa.timestamp("us"))
+    joined = point_in_time_join(con, entities, "at", [view]).features
+    for name, column in columns.items():
+        values = dict(zip([1, 2, 3], column.to_pylist(), strict=True))
+        assert joined[name].to_pylist() == [values.get(key) for key in order], name
+        assert joined.schema.field(name).type == column.type
+
+
+class Restless(LocalFileSystem):  # type: ignore[misc]  # fsspec ships no types
+    """Every file changes as soon as it is opened."""
+
+    protocol = "restless"
+
+    def open(self, path: str, mode: str = "rb", **options: object) -> object:
+        local = path.removeprefix("restless://")
+        status = os.stat(local)
+        os.utime(local, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+        return super().open(local, mode)
+
+    def glob(self, path: str, **_: object) -> list[str]:
+        return [path]
+
+    def info(self, path: str, **options: object) -> object:
+        return super().info(path.removeprefix("restless://"))
+
+    def modified(self, path: str) -> object:
+        return super().modified(path.removeprefix("restless://"))
+
+
+def test_a_source_that_changes_between_its_two_readings_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "events", [Event((1,), START, None, 7)], pa.timestamp("us"))
+    file = str(tmp_path / "events" / "0.parquet")
+    own = connect()
+    own.register_filesystem(Restless())
+    calm = scan_parquet(own, file)
+    restless = replace(calm, table=f"read_parquet(['restless://{file}'])")
+    view = ViewJoin(
+        name="view",
+        scan=restless,
+        keys={"key0": "key0"},
+        features={"view__value": "value"},
+        timestamp="at",
+        created=None,
+        ttl=timedelta(0),
+    )
+    with pytest.raises(InvalidSource, match="changes while it is read"):
+        point_in_time_join(own, entity_rows([((1,), START)], pa.timestamp("us")), "at", [view])
 
 
 def test_times_at_the_ends_of_the_calendar_compare(con, tmp_path: Path) -> None:
