@@ -90,7 +90,7 @@ def list_models(ctx: Context) -> None:
     lines = []
     for name, (versions, aliases) in found.items():
         shown = ", ".join(f"{alias}: {version}" for alias, version in aliases.items())
-        lines.append(f"{name}  {len(versions)} versions  {shown}")
+        lines.append(f"{name}  {len(versions)} version{'s' if len(versions) > 1 else ''}  {shown}")
     ctx.report(data, "\n".join(lines) or f"No models in {registry.url}.")
 
 

@@ -47,7 +47,7 @@ def materialize(
     Raises:
         InvalidRequest: a time is naive, or the window is empty.
         NotFound: there is no such view.
-        InvalidRepository: the online store is not Redis.
+        InvalidRepository: the online store is not Redis, or nothing was applied yet.
     """
     for time in (start, end):
         if time is not None and time.tzinfo is None:
@@ -55,6 +55,7 @@ def materialize(
     end = end or datetime.now(UTC)
     if start is not None and start > end:
         raise InvalidRequest(f"The window ends at {end}, before it starts at {start}.")
+    views.require_views(repo)
     store = repo.store()
     store.refresh_registry()
     chosen = chosen_views(store, view_names)

@@ -145,6 +145,7 @@ def verify(
         InvalidRepository: the online store is not Redis.
         RedisUnavailable: Redis does not answer.
     """
+    views.require_views(repo)
     store = repo.store()
     materializer = Materializer.of_store(store)
     found = []

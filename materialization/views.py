@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.repository import DUMMY_JOIN_KEY, Feature, View
+from core.errors import InvalidRepository
+from core.repository import DUMMY_JOIN_KEY, FeastRepository, Feature, View
 from core.source import Scan, local_files, resolve, scan
 from core.types import Dtype, Field
 from materialization.window import ViewSource, Window
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from feast.infra.offline_stores.offline_store import OfflineStore
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def require_views(repo: FeastRepository) -> None:
+    """Refuse a repository that was never applied: Feast would take it for one without views.
+
+    Raises:
+        InvalidRepository: there is no registry, or it holds no view of the project.
+    """
+    if not repo.definitions().views:
+        raise InvalidRepository(
+            f"No feature view of project {repo.project!r} is registered.", hint="Run `banquet apply` first."
+        )
 
 
 def stored_view(view: FeatureView, config: RepoConfig) -> View:

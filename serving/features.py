@@ -90,7 +90,9 @@ def _wanted(request: dict[str, Any]) -> str | tuple[str, ...]:
         if not isinstance(service, str) or not service:
             raise InvalidRequest("`feature_service` must be a name.", field="feature_service")
         return service
-    if not isinstance(features, list) or not features or not all(type(f) is str for f in features):
+    if features is not None and not (isinstance(features, list) and all(type(f) is str for f in features)):
+        raise InvalidRequest("`features` must be a list of strings.", field="features")
+    if not features:
         raise InvalidRequest(
             "The request names no features.",
             hint='Give `feature_service`, or `features` such as ["user_behavior:purchase_amount_30d"].',

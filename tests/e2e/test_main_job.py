@@ -187,6 +187,11 @@ def registry_state(job: Job) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
+def test_the_metrics_count_requests_although_this_process_has_imported_feast(client: httpx.Client) -> None:
+    predict(client, WITH_DEMOGRAPHICS)
+    assert 'banquet_requests_total{route="/predict",status="200"}' in client.get("/metrics").text
+
+
 def test_the_documented_examples_are_true(client: httpx.Client) -> None:
     """Every example body in /docs is answered with 200 by the server that documents it."""
     sent = 0
