@@ -55,7 +55,7 @@ def request(body: bytes, *headers: str, path: str = "/echo", version: str = "1.1
     lines = [f"POST {path} HTTP/{version}", "host: x", "content-type: application/json", *headers]
     if not any(header.startswith("transfer-encoding") for header in headers):
         lines.append(f"content-length: {len(body)}")
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
@@ -76,18 +76,6 @@ def test_a_hot_route_answers_with_the_headers_of_any_other() -> None:
             assert "date" in headers
             writer.write(request(b"1", path="/cold"))
             assert (await answer(reader))[2] == b"cold 1"
-
-    asyncio.run(scenario())
-
-
-def test_other_spellings_of_the_url_reach_the_same_route() -> None:
-    async def scenario() -> None:
-        async with server() as (reader, writer, _):
-            for path in ("/echo?a=1", "/%65cho", "http://x/echo"):
-                writer.write(request(b'"1"', path=path))
-                assert (await answer(reader))[::2] == (200, b'"1"')
-            writer.write(request(b'"1"', path="/\xff"))
-            assert (await answer(reader))[0] == 400
 
     asyncio.run(scenario())
 
