@@ -254,7 +254,7 @@ def differences(case: Shape, ours: Path, theirs: Path) -> dict[str, int]:
     counts = con.execute(
         f"SELECT count(*) FILTER (b.event_timestamp IS NULL), "
         f"count(*) FILTER (b.event_timestamp IS NOT NULL AND ({other})), "
-        f"(SELECT count(*) FROM (SELECT label, file_row_number AS place FROM '{theirs}') WHERE label <> place) "  # noqa: E501
+        f"(SELECT count(*) FROM '{theirs}' WHERE label <> file_row_number) "
         f"{joined}"
     ).fetchall()[0]
     return dict(zip(DIFFERENCES, counts, strict=True))

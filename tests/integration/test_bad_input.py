@@ -161,8 +161,8 @@ BASKET = {"features": ["basket:share"]}
     [
         ({}, 422, "features", "names no features"),
         ({"features": []}, 422, "features", "names no features"),
-        ({"features": "profile:age"}, 422, "features", "names no features"),
-        ({"features": [1]}, 422, "features", "names no features"),
+        ({"features": "profile:age"}, 422, "features", "list of strings"),
+        ({"features": [1]}, 422, "features", "list of strings"),
         ({"features": ["age"]}, 422, "features", "'age' is malformed"),
         ({"features": ["profile:"]}, 422, "features", "malformed"),
         ({"features": ["profile@v:age"]}, 422, "features", "malformed"),
