@@ -100,6 +100,8 @@ async def load(port: int, redis: Valkey, process: psutil.Process) -> None:
     last_error = max(moment for moment, status in log if status == 503)
     assert recovered - back < 1.0, f"recovery took {recovered - back:.2f} s"
     assert last_error - back < 1.0, f"errors went on for {last_error - back:.2f} s"
-    assert memory[2] - memory[0] < 8_000_000, f"memory grew: {memory}"
+    # The outage itself may cost buffers once; what must not be is growth that goes on.
+    assert memory[2] - memory[1] < 4_000_000, f"memory keeps growing: {memory}"
+    assert memory[2] - memory[0] < 16_000_000, f"memory grew: {memory}"
     threads = process.num_threads()
     assert threads < 40, f"{threads} threads"
