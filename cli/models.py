@@ -134,7 +134,10 @@ def history(ctx: Context, name: str) -> None:
     """What the aliases were set to, by whom, when and why."""
     changes = open_registry().history(name)
     data = [_change_data(change) for change in changes]
-    lines = [f"{c.when}  {c.who}  {c.action}  {_aliases_text(c.aliases)}  {c.why}".rstrip() for c in changes]
+    lines = [
+        f"{c.when:%Y-%m-%d %H:%M:%S}  {c.who}  {c.action}  {_aliases_text(c.aliases)}  {c.why}".rstrip()
+        for c in changes
+    ]
     ctx.report(data, "\n".join(lines) or f"Model {name!r} has no history.")
 
 
@@ -171,9 +174,12 @@ def _report_change(ctx: Context, name: str, change: Change) -> None:
 
 
 def _change_data(change: Change) -> dict[str, Any]:
-    from dataclasses import asdict
+    import json
 
-    return asdict(change)
+    from core import records
+
+    data: dict[str, Any] = json.loads(records.to_json(change))
+    return data
 
 
 def _aliases_text(aliases: Mapping[str, int]) -> str:

@@ -1,24 +1,20 @@
-"""The manifest of a model package (contract 3): frozen records and their strict JSON form.
+"""The manifest of a model package (contract 3): frozen records and what must hold of them.
 
 It knows what a package says about itself, and nothing of where packages lie, how a model is loaded or
-what a feature store is. Reading is strict: an unknown key, a missing key or a value of another type is an
-error that names its place, because a manifest that is half understood is how a wrong model comes to serve.
+what a feature store is. Reading is strict, because a manifest that is half understood is how a wrong model
+comes to serve.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from datetime import UTC, datetime
-from enum import Enum
-from functools import cache
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
+from core import records
 from core.errors import InvalidManifest, InvalidRequest
 from core.types import Dtype, Field
 
@@ -211,18 +207,17 @@ class ModelManifest:
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
-        return json.dumps(_plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return records.to_json(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ModelManifest:
         """The manifest that ``text`` is; raises InvalidManifest with the place that is wrong."""
         try:
-            tree = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError) as exc:
+            return records.from_json(cls, text, "manifest")
+        except records.NotJSON as exc:
             raise InvalidManifest(f"{MANIFEST_FILE} is not JSON: {exc}.") from exc
-        manifest = _read(cls, tree, "manifest")
-        assert isinstance(manifest, ModelManifest)
-        return manifest
+        except records.NotRecord as exc:
+            raise InvalidManifest(f"{exc}.") from exc
 
 
 def finite_or_none(tree: Any) -> Any:
@@ -234,90 +229,3 @@ def finite_or_none(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [finite_or_none(value) for value in tree]
     return tree
-
-
-def _refuse_constant(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a key is repeated")
-    return tree
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat()
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
-    return value
-
-
-@cache
-def _hints(record: type) -> dict[str, Any]:
-    return typing.get_type_hints(record)
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` (parsed JSON) as ``kind`` (a type hint of the records above)."""
-
-    def refuse(expected: str) -> InvalidManifest:
-        return InvalidManifest(f"{where} should be {expected}, not {type(value).__name__}.")
-
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return value
-    if origin is Literal:
-        if isinstance(value, str) and value in typing.get_args(kind):
-            return value
-        raise refuse(f"one of {', '.join(typing.get_args(kind))}")
-    if origin in (typing.Union, types.UnionType):
-        for option in typing.get_args(kind):
-            try:
-                return _read(option, value, where)
-            except InvalidManifest as exc:
-                last = exc
-        raise last
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise refuse("a list")
-        return tuple(_read(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise refuse("an object")
-        return {key: _read(typing.get_args(kind)[1], v, f"{where}.{key}") for key, v in value.items()}
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise refuse("an object")
-        hints = _hints(typing.cast(type, kind))
-        if set(value) != set(hints):
-            odd = sorted(set(value) ^ set(hints))
-            raise InvalidManifest(f"{where} lacks or should not have: {', '.join(odd)}.")
-        return typing.cast(type, kind)(
-            **{k: _read(hint, value[k], f"{where}.{k}") for k, hint in hints.items()}
-        )
-    if issubclass(kind, Enum):
-        if not isinstance(value, str) or value not in kind.__members__:
-            raise refuse(f"the name of a {kind.__name__}")
-        return kind[value]
-    if kind is datetime:
-        try:
-            moment = datetime.fromisoformat(value)
-        except (TypeError, ValueError) as exc:
-            raise refuse("an ISO 8601 time") from exc
-        if moment.tzinfo is None:
-            raise refuse("a time with its UTC offset")
-        return moment.astimezone(UTC)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise refuse(f"a {kind.__name__}")
-    return value

@@ -2,8 +2,9 @@
 
 ``<url>/<name>/<version>/`` holds a package's files; its ``manifest.json`` is written last, and a version
 without one does not exist for any reader. ``<url>/<name>/history/<n>.json`` is the append-only record of
-what the aliases were set to, by whom and why; ``aliases.json`` repeats the last of them for readers. Every
-step that must happen once is the exclusive creation of a file, so it needs no lock and survives a crash.
+where the traffic went, by whom and why; its last entry is the state of the model, and ``aliases.json`` only
+repeats its aliases for people and other tools. Every step that must happen once is the exclusive creation of
+a file, so it needs no lock and survives a crash.
 
 Knows what a manifest is; never opens a model.
 """
@@ -12,20 +13,19 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import posixpath
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
+from core import records, traffic
 from core.errors import (
-    Conflict,
     DamagedRegistry,
     DigestMismatch,
     InvalidRequest,
@@ -33,8 +33,10 @@ from core.errors import (
     RegistryUnavailable,
 )
 from core.manifest import MANIFEST_FILE, ModelManifest, check_model_name, is_model_name
+from core.traffic import CHALLENGER, CHAMPION, PREVIOUS, Rollout, Traffic
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+__all__ = ["CHALLENGER", "CHAMPION", "PREVIOUS", "Change", "ModelRegistry"]
+
 ALIASES_FILE = "aliases.json"
 _HISTORY = "history"
 _CLAIM = ".claim"
@@ -43,13 +45,20 @@ _REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One entry of a model's history: what was done, and the aliases as they stood afterwards."""
+    """Entry ``number`` of a model's history: what was done, and where the traffic goes from then on."""
 
+    number: int
     action: str
     aliases: Mapping[str, int]
+    rollout: Rollout | None
     who: str
-    when: str
-    why: str = ""
+    when: datetime
+    why: str
+
+    @property
+    def traffic(self) -> Traffic:
+        """The state that it left."""
+        return Traffic(self.aliases, self.rollout)
 
 
 class ModelRegistry:
@@ -85,8 +94,8 @@ class ModelRegistry:
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of a model and the versions they point to."""
-        text = self._read(check_model_name(name), ALIASES_FILE)
-        return {} if text is None else _aliases(text, f"{name}/{ALIASES_FILE}", lambda tree: tree)
+        last = self.latest(name)
+        return {} if last is None else dict(last.aliases)
 
     def resolve(self, reference: str) -> tuple[str, int]:
         """The name and version behind ``name``, ``models:/name@champion`` or ``models:/name/3``.
@@ -193,80 +202,83 @@ class ModelRegistry:
         """
         check_model_name(alias)
         self._require(name, version)
-        return self._change(name, f"set {alias}", lambda aliases: {**aliases, alias: version}, why, who)
+
+        def pointed(now: Traffic) -> Traffic:
+            return replace(now, aliases={**now.aliases, alias: version})
+
+        return self.change(name, f"set {alias}", pointed, why=why, who=who)
 
     def promote(
         self, name: str, version: int | None = None, *, why: str = "", who: str | None = None
     ) -> Change:
-        """Make a version (default: the challenger) champion; the champion before it becomes ``previous``.
-
-        Raises:
-            ModelNotFound: there is no such version, or no challenger.
-            Conflict: it is the champion already.
-        """
+        """Make a version champion as ``traffic.promoted`` does. Raises as that, or where there is none."""
         if version is not None:
             self._require(name, version)
-
-        def promoted(aliases: dict[str, int]) -> dict[str, int]:
-            chosen = aliases.get(CHALLENGER) if version is None else version
-            if chosen is None:
-                raise ModelNotFound(f"Model {name!r} has no challenger.", hint="Name a version to promote.")
-            champion = aliases.get(CHAMPION)
-            if chosen == champion:
-                raise Conflict(f"Version {chosen} of model {name!r} is the champion already.")
-            kept = {a: v for a, v in aliases.items() if not (a == CHALLENGER and v == chosen)}
-            return {**kept, CHAMPION: chosen, **({} if champion is None else {PREVIOUS: champion})}
-
-        return self._change(name, "promote", promoted, why, who)
+        return self.change(
+            name, "promote", lambda now: traffic.promoted(now, version, name=name), why=why, who=who
+        )
 
     def rollback(self, name: str, *, why: str = "", who: str | None = None) -> Change:
-        """Make the previous champion champion again, and the champion ``previous``.
+        """Bring the previous champion back as ``traffic.rolled_back`` does. Raises as that."""
+        return self.change(
+            name, "rollback", lambda now: traffic.rolled_back(now, name=name), why=why, who=who
+        )
 
-        Raises:
-            Conflict: there is no previous champion.
-        """
-
-        def rolled_back(aliases: dict[str, int]) -> dict[str, int]:
-            if PREVIOUS not in aliases or CHAMPION not in aliases:
-                raise Conflict(
-                    f"Model {name!r} has no previous champion.",
-                    hint="Promote a version with `models promote`.",
-                )
-            return {**aliases, CHAMPION: aliases[PREVIOUS], PREVIOUS: aliases[CHAMPION]}
-
-        return self._change(name, "rollback", rolled_back, why, who)
-
-    def history(self, name: str) -> list[Change]:
-        """Every change of a model's aliases, oldest first."""
-        return [self._entry(name, number) for number in self._history_numbers(check_model_name(name))]
-
-    def _entry(self, name: str, number: int) -> Change:
-        text = self._read(name, _HISTORY, f"{number}.json")
-        place = f"{name}/{_HISTORY}/{number}.json"
-        aliases = _aliases(text or b"", place, lambda tree: tree["aliases"])
-        tree = json.loads(text or b"")
-        return Change(str(tree["action"]), aliases, str(tree["who"]), str(tree["when"]), str(tree["why"]))
-
-    def _change(
+    def change(
         self,
         name: str,
         action: str,
-        change: Callable[[dict[str, int]], dict[str, int]],
-        why: str,
-        who: str | None,
+        transform: Callable[[Traffic], Traffic],
+        *,
+        why: str = "",
+        who: str | None = None,
     ) -> Change:
-        """Append to the history, which decides who comes first, then repeat the aliases for readers."""
+        """Append what ``transform`` makes of a model's traffic to its history.
+
+        Of two writers at once one is first; the other's ``transform`` is called again on what that one left.
+        Whatever it raises is raised, and nothing is written.
+        """
         check_model_name(name)
         while True:
-            last = max(self._history_numbers(name), default=0)
-            current = dict(self._entry(name, last).aliases) if last else {}
-            done = Change(action, change(current), who or _user(), datetime.now(tz=UTC).isoformat(), why)
+            last = self.latest(name)
+            after = transform(last.traffic if last else Traffic())
+            number = last.number + 1 if last else 1
+            done = Change(
+                number, action, dict(after.aliases), after.rollout, who or _user(), datetime.now(tz=UTC), why
+            )
             try:
-                self._write_new((name, _HISTORY, f"{last + 1}.json"), _json(asdict(done)))
+                self._write_new((name, _HISTORY, f"{number}.json"), records.to_json(done).encode())
             except FileExistsError:
                 continue
             self._repeat_aliases(name)
             return done
+
+    def history(self, name: str) -> list[Change]:
+        """Every change of a model's traffic, oldest first."""
+        return [self._entry(name, number) for number in self._history_numbers(check_model_name(name))]
+
+    def latest(self, name: str, known: Change | None = None) -> Change | None:
+        """The last change of a model's traffic, which is its state; None where there was none.
+
+        ``known`` is what the caller has: while nothing follows it, one question to the store answers.
+        """
+        if known is not None and not self._exists(name, _HISTORY, f"{known.number + 1}.json"):
+            return known
+        last = max(self._history_numbers(check_model_name(name)), default=0)
+        return self._entry(name, last) if last else None
+
+    def _entry(self, name: str, number: int) -> Change:
+        place = f"{name}/{_HISTORY}/{number}.json"
+        try:
+            change = records.from_json(Change, self._read(name, _HISTORY, f"{number}.json") or b"", "it")
+            if change.number != number:
+                raise ValueError(f"it is entry {change.number}")
+        except ValueError as exc:
+            raise DamagedRegistry(
+                f"{place} in the model registry cannot be read: {exc}.",
+                hint="Restore the file; the entries before it have every earlier state.",
+            ) from exc
+        return change
 
     def _repeat_aliases(self, name: str) -> None:
         """Write the last entry's aliases to ``aliases.json``.
@@ -274,9 +286,9 @@ class ModelRegistry:
         Of two writers at once the slower may carry the older entry, so each looks again after it has
         written: the last one to look leaves the newest.
         """
-        written = 0
-        while (last := max(self._history_numbers(name))) != written:
-            self._replace((name, ALIASES_FILE), _json(self._entry(name, last).aliases))
+        written = None
+        while (last := self.latest(name, written)) is not None and last != written:
+            self._replace((name, ALIASES_FILE), records.to_json(last.aliases).encode())
             written = last
 
     def _history_numbers(self, name: str) -> list[int]:
@@ -378,26 +390,8 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _aliases(text: bytes, place: str, pick: Callable[[Any], Any]) -> dict[str, int]:
-    """The aliases in a JSON text; raises DamagedRegistry where there are none to be read."""
-    try:
-        aliases = pick(json.loads(text))
-        if not all(type(version) is int for version in aliases.values()):
-            raise TypeError("a version is not an integer")
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise DamagedRegistry(
-            f"{place} in the model registry cannot be read: {exc}.",
-            hint="Restore the file; the model's history has every change of its aliases.",
-        ) from exc
-    return dict(aliases)
-
-
 def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user need not have a name
         return f"uid {os.getuid()}"
-
-
-def _json(tree: Any) -> bytes:
-    return json.dumps(tree, indent=2).encode() + b"\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,8 @@ def test_history_says_who_when_and_why_and_is_never_rewritten(registry: ModelReg
     ]
     assert history[0].who
     assert [c.when for c in history] == sorted(c.when for c in history)
-    assert all(c.when.endswith("+00:00") for c in history)
+    assert all(c.when.tzinfo is UTC for c in history)
+    assert [c.number for c in history] == list(range(1, len(history) + 1))
 
 
 def test_history_is_in_the_order_of_its_numbers(registry: ModelRegistry) -> None:
@@ -272,14 +274,48 @@ def test_a_truncated_manifest_is_refused(folder: ModelRegistry, tmp_path: Path) 
         folder.manifest("churn", 1)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"champion": "1"}', '{"champion": 1.5}', '{"champion": true}']
-)
-def test_damaged_aliases_are_named(folder: ModelRegistry, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"champion": "1"}', '{"champion": 7}'])
+def test_aliases_json_is_only_a_copy(folder: ModelRegistry, tmp_path: Path, text: str) -> None:
+    """Damaged, edited or replaced by an older one, it moves no traffic, and the next change mends it."""
     packages.register(folder)
+    folder.set_alias("churn", CHAMPION, 1)
     (tmp_path / "churn/aliases.json").write_text(text)
-    with pytest.raises(DamagedRegistry, match=r"churn/aliases\.json"):
-        folder.resolve("churn")
+    assert folder.resolve("churn") == ("churn", 1)
+    folder.set_alias("churn", "pinned", 1)
+    assert json.loads((tmp_path / "churn/aliases.json").read_text()) == {CHAMPION: 1, "pinned": 1}
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda tree: tree.pop("who"), "lacks or should not have: who"),
+        (lambda tree: tree["aliases"].update(champion="1"), "aliases.champion should be a int"),
+        (lambda tree: tree["aliases"].update(champion=True), "aliases.champion should be a int"),
+        (lambda tree: tree.update(number=2), "it is entry 2"),
+        (lambda tree: tree.update(rollout={"id": "x"}), "rollout"),
+    ],
+)
+def test_a_history_entry_of_another_shape_is_refused(
+    folder: ModelRegistry, tmp_path: Path, edit: Callable[[Any], object], says: str
+) -> None:
+    packages.register(folder)
+    folder.set_alias("churn", CHAMPION, 1)
+    path = tmp_path / "churn/history/1.json"
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DamagedRegistry, match=says):
+        folder.aliases("churn")
+
+
+def test_the_latest_change_is_asked_for_cheaply(folder: ModelRegistry, tmp_path: Path) -> None:
+    """What a server asks every second: while nothing follows, no entry is read again."""
+    packages.register(folder)
+    assert folder.latest("churn") is None
+    first = folder.set_alias("churn", CHAMPION, 1)
+    assert folder.latest("churn", first) is first
+    second = folder.set_alias("churn", "pinned", 1)
+    assert folder.latest("churn", first) == second == folder.latest("churn")
 
 
 def test_a_damaged_history_entry_is_named(folder: ModelRegistry, tmp_path: Path) -> None:
