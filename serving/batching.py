@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 Job = TypeVar("Job")
@@ -113,10 +114,10 @@ class ColumnBatcher(Generic[Rows]):
     """
 
     def __init__(self, run: Callable[[Columns, int], Awaitable[Rows]], *, slice_rows: int) -> None:
-        self._run = run
         self._slice_rows = slice_rows
+        # No bound method: what `run` holds, a model say, must go when its last request has ended.
         self._batcher: MicroBatcher[tuple[Columns, int], Rows] = MicroBatcher(
-            self._run_together, max_rows=slice_rows
+            partial(_run_together, run), max_rows=slice_rows
         )
 
     async def run(
@@ -132,17 +133,20 @@ class ColumnBatcher(Generic[Rows]):
             finished.append(finish(await self._batcher.submit((piece, stop - start), stop - start), piece))
         return finished
 
-    async def _run_together(self, jobs: list[tuple[Columns, int]]) -> list[Rows]:
-        if len(jobs) == 1:
-            return [await self._run(*jobs[0])]
-        columns = {name: [value for job, _ in jobs for value in job[name]] for name in jobs[0][0]}
-        result = await self._run(columns, sum(rows for _, rows in jobs))
-        parts = []
-        start = 0
-        for _, rows in jobs:
-            parts.append(result.slice(start, start + rows))
-            start += rows
-        return parts
+
+async def _run_together(
+    run: Callable[[Columns, int], Awaitable[Rows]], jobs: list[tuple[Columns, int]]
+) -> list[Rows]:
+    if len(jobs) == 1:
+        return [await run(*jobs[0])]
+    columns = {name: [value for job, _ in jobs for value in job[name]] for name in jobs[0][0]}
+    result = await run(columns, sum(rows for _, rows in jobs))
+    parts = []
+    start = 0
+    for _, rows in jobs:
+        parts.append(result.slice(start, start + rows))
+        start += rows
+    return parts
 
 
 def _fail(future: asyncio.Future[Result], error: Exception) -> None:

@@ -10,11 +10,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from numpy.typing import NDArray
 
 from core.entities import EntitySchema
 from core.errors import BanquetError, InvalidEntity
-from core.model import LoadedModel
+from core.model import LoadedModel, Predictions
 from core.online import FeaturePlan, FeatureVectors, OnlineReader
 from core.types import FeatureStatus
 from serving.batching import ColumnBatcher, Columns, Finished
@@ -28,12 +31,15 @@ _INLINE_PREDICT_S = 0.002
 class Answer:
     """The outcome for one request's rows, by column.
 
-    ``predictions[i]`` and ``confidences[i]`` mean nothing where ``errors`` has row i.
+    ``predictions[i]``, ``confidences[i]`` and ``scores[i]`` mean nothing where ``errors`` has row i. A score is
+    what a distribution of answers is made of: the probability of the second of two classes, of the predicted
+    one of several, or a regressor's value; None where the model has only classes.
     """
 
     vectors: FeatureVectors
     predictions: Sequence[Any]
     confidences: Sequence[float | None]
+    scores: Sequence[float] | NDArray[Any] | None
     errors: dict[int, BanquetError]
 
     def missing(self) -> list[tuple[str, list[FeatureStatus]]]:
@@ -46,6 +52,7 @@ class Answer:
             self.vectors.slice(start, stop),
             self.predictions[start:stop],
             self.confidences[start:stop],
+            None if self.scores is None else self.scores[start:stop],
             {row - start: error for row, error in self.errors.items() if start <= row < stop},
         )
 
@@ -62,8 +69,9 @@ class ServedFeatures:
         self.plan = plan
         self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
         self.columns = (*(key.name for key in plan.join_keys), *plan.request_inputs)
-        self._reader = reader
-        self._batcher: ColumnBatcher[FeatureVectors] = ColumnBatcher(self._run, slice_rows=slice_rows)
+        self._batcher: ColumnBatcher[FeatureVectors] = ColumnBatcher(
+            partial(reader.read, plan, as_json=True), slice_rows=slice_rows
+        )
 
     async def read(
         self, columns: Columns, rows: int, finish: Callable[[FeatureVectors, Columns], Finished]
@@ -74,12 +82,74 @@ class ServedFeatures:
         """
         return await self._batcher.run(columns, rows, finish)
 
-    async def _run(self, columns: Columns, rows: int) -> FeatureVectors:
-        return await self._reader.read(self.plan, columns, rows, as_json=True)
+
+class VectorPredictor:
+    """Missing-value policy, matrix and estimator of one loaded version."""
+
+    def __init__(self, model: LoadedModel, metrics: RequestMetrics) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._seconds_per_row = 0.0
+
+    async def predict(self, vectors: FeatureVectors) -> Answer:
+        """Predict every row; what is wrong with a row is in the answer's ``errors``."""
+        model = self._model
+        matrix = model.matrix(vectors.values, vectors.rows)
+        errors = dict(vectors.errors)
+        for row, features in model.rejected(vectors.values, vectors.rows).items():
+            statuses = {
+                name: (vectors.statuses[name] or [])[row].name for name in features if vectors.statuses[name]
+            }
+            errors.setdefault(
+                row,
+                InvalidEntity(
+                    f"The model does not predict without {', '.join(features)}.",
+                    hint="Its missing-value policy for these features is `reject`.",
+                    missing=statuses,
+                ),
+            )
+        if vectors.rows * self._seconds_per_row > _INLINE_PREDICT_S:
+            predicted = await asyncio.get_running_loop().run_in_executor(None, model.predict, matrix)
+        else:
+            started = time.perf_counter()
+            predicted = model.predict(matrix)
+            taken = (time.perf_counter() - started) / vectors.rows
+            # Forgetting slowly keeps one slow call, a garbage collection say, from moving all into threads.
+            self._seconds_per_row += 0.05 * (taken - self._seconds_per_row)
+        for row, error in predicted.errors.items():
+            errors.setdefault(row, error)
+        confidences = predicted.confidences
+        return Answer(
+            vectors,
+            predicted.labels,
+            confidences if confidences is not None else [None] * vectors.rows,
+            self._scores(predicted),
+            errors,
+        )
+
+    def _scores(self, predicted: Predictions) -> Sequence[float] | NDArray[Any] | None:
+        classes = self._model.manifest.classes
+        if not classes:
+            return predicted.labels
+        if len(classes) == 2 and predicted.probabilities is not None:
+            scores: NDArray[Any] = predicted.probabilities[:, 1]
+            return scores
+        return predicted.confidences
+
+    def count(self, answer: Answer) -> None:
+        """Count an answer that goes to a client."""
+        manifest = self._model.manifest
+        self._metrics.predicted(manifest.name, manifest.version, answer.vectors.rows)
+        for name, statuses in answer.missing():
+            for status in set(statuses) - {FeatureStatus.PRESENT}:
+                self._metrics.missing(name, status.name, statuses.count(status))
 
 
 class ServedModel:
-    """One loaded version together with the plan that feeds it."""
+    """One loaded version together with the plan that feeds it.
+
+    Holds no reference to itself, so it is released when its last request has ended.
+    """
 
     def __init__(
         self,
@@ -96,10 +166,10 @@ class ServedModel:
         self.model = model
         self.plan = plan
         self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
-        self._reader = reader
-        self._metrics = metrics
-        self._seconds_per_row = 0.0
-        self._batcher: ColumnBatcher[Answer] = ColumnBatcher(self._run, slice_rows=slice_rows)
+        self.predictor = VectorPredictor(model, metrics)
+        self._batcher: ColumnBatcher[Answer] = ColumnBatcher(
+            partial(_read_and_predict, reader, plan, self.predictor), slice_rows=slice_rows
+        )
 
     async def predict(
         self, columns: Columns, rows: int, finish: Callable[[Answer, Columns], Finished]
@@ -112,44 +182,10 @@ class ServedModel:
         """
         return await self._batcher.run(columns, rows, finish)
 
-    async def _run(self, columns: Columns, rows: int) -> Answer:
-        vectors = await self._reader.read(self.plan, columns, rows)
-        answer = await self._predict(vectors)
-        self._metrics.predicted(self.name, self.version, rows)
-        for name, statuses in answer.missing():
-            for status in set(statuses) - {FeatureStatus.PRESENT}:
-                self._metrics.missing(name, status.name, statuses.count(status))
-        return answer
 
-    async def _predict(self, vectors: FeatureVectors) -> Answer:
-        matrix = self.model.matrix(vectors.values, vectors.rows)
-        errors = dict(vectors.errors)
-        for row, features in self.model.rejected(vectors.values, vectors.rows).items():
-            statuses = {
-                name: (vectors.statuses[name] or [])[row].name for name in features if vectors.statuses[name]
-            }
-            errors.setdefault(
-                row,
-                InvalidEntity(
-                    f"The model does not predict without {', '.join(features)}.",
-                    hint="Its missing-value policy for these features is `reject`.",
-                    missing=statuses,
-                ),
-            )
-        if vectors.rows * self._seconds_per_row > _INLINE_PREDICT_S:
-            predicted = await asyncio.get_running_loop().run_in_executor(None, self.model.predict, matrix)
-        else:
-            started = time.perf_counter()
-            predicted = self.model.predict(matrix)
-            taken = (time.perf_counter() - started) / vectors.rows
-            # Forgetting slowly keeps one slow call, a garbage collection say, from moving all into threads.
-            self._seconds_per_row += 0.05 * (taken - self._seconds_per_row)
-        for row, error in predicted.errors.items():
-            errors.setdefault(row, error)
-        confidences = predicted.confidences
-        return Answer(
-            vectors,
-            predicted.labels,
-            confidences if confidences is not None else [None] * vectors.rows,
-            errors,
-        )
+async def _read_and_predict(
+    reader: OnlineReader, plan: FeaturePlan, predictor: VectorPredictor, columns: Columns, rows: int
+) -> Answer:
+    answer = await predictor.predict(await reader.read(plan, columns, rows))
+    predictor.count(answer)
+    return answer
