@@ -31,9 +31,9 @@ _INLINE_PREDICT_S = 0.002
 class Answer:
     """The outcome for one request's rows, by column.
 
-    ``predictions[i]``, ``confidences[i]`` and ``scores[i]`` mean nothing where ``errors`` has row i. A score is
-    what a distribution of answers is made of: the probability of the second of two classes, of the predicted
-    one of several, or a regressor's value; None where the model has only classes.
+    ``predictions[i]``, ``confidences[i]`` and ``scores[i]`` mean nothing where ``errors`` has row i. A score
+    is what a distribution of answers is made of: the probability of the second of two classes, of the
+    predicted one of several, or a regressor's value; None where the model has only classes.
     """
 
     vectors: FeatureVectors
