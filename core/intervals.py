@@ -222,6 +222,8 @@ def beta_quantile(share: float, a: float, b: float) -> float:
         x = mean * 0.5 if share < 0.5 else (1 + mean) / 2
     log_beta = _log_beta(a, b)
     for _ in range(200):
+        if not 0 < x < 1:  # so close to an end that there is no number between
+            break
         gap = beta_cdf(x, a, b) - share
         if gap > 0:
             high = x

@@ -470,7 +470,7 @@ def _failed(variant: Observed) -> tuple[float, float]:
     if not variant.rows:
         return 0.0, 0.0
     trials = variant.independent_rows
-    return variant.errors * trials / variant.rows, trials
+    return variant.errors / variant.rows * trials, trials
 
 
 def _p99_seen(latency: Counts) -> float | None:

@@ -297,6 +297,15 @@ def test_exact_bounds_are_those_of_scipy(trials: int, rate: float, alpha: float)
     assert high == pytest.approx(wanted.high, rel=1e-6, abs=1e-12)
 
 
+@settings(deadline=None)
+@given(st.floats(1e-3, 1e5), st.floats(1e-3, 1e5), st.floats(1e-6, 1 - 1e-6))
+def test_quantiles_exist_for_fractional_counts(successes: float, failures: float, share: float) -> None:
+    x = intervals.beta_quantile(share, successes, failures)
+    assert 0 <= x <= 1
+    if 1e-12 < x < 1 - 1e-12:
+        assert stats.beta.cdf(x, successes, failures) == pytest.approx(share, rel=1e-6)
+
+
 @given(st.integers(0, 100_000), st.floats(1e-7, 0.2))
 def test_counts_that_contradict_a_rate_are_those_of_scipy(trials: int, alpha: float) -> None:
     many, few = intervals.critical_counts(trials, 0.01, alpha)
