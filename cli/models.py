@@ -22,7 +22,7 @@ def open_registry() -> ModelRegistry:
     from core.registry import ModelRegistry
     from core.settings import load_settings
 
-    return ModelRegistry(load_settings().models_url)
+    return ModelRegistry.of(load_settings())
 
 
 @main.command()
@@ -45,7 +45,7 @@ def train_unless_there(ctx: Context, repository: FeastRepository, settings: Sett
     from training.spec import load_spec
 
     spec = load_spec(reference)
-    registry = ModelRegistry(settings.models_url)
+    registry = ModelRegistry.of(settings)
     champion = registry.aliases(spec.name).get(CHAMPION)
     if champion is not None:
         return f"{spec.name} version {champion} is the champion"

@@ -27,8 +27,12 @@ BanquetError
 │   ├── GateFailed              source rows that the gate keeps from being loaded
 │   ├── DatasetMismatch         the offline store returned other rows than it was asked for
 │   ├── DamagedRegistry         a file of the model registry cannot be read
-│   └── ModelRejected           a model package that must not serve
+│   ├── HistoryRewritten        a model's history lacks or changed what was seen of it
+│   └── ModelRejected           a model package, or what points to one, that must not serve
 │       ├── InvalidManifest     manifest.json is not what this release reads
+│       ├── Unsigned            a key is set, and there is no signature
+│       ├── SignatureMismatch
+│       ├── NotPinned           versions are pinned, and this is none of them
 │       ├── DigestMismatch
 │       ├── SchemaMismatch
 │       ├── LibraryMismatch
@@ -182,12 +186,28 @@ class DamagedRegistry(CheckFailed):
     """A file of the model registry cannot be read."""
 
 
+class HistoryRewritten(CheckFailed):
+    """The history of the model is not the one that was seen before."""
+
+
 class ModelRejected(CheckFailed):
     """The model package must not serve."""
 
 
 class InvalidManifest(ModelRejected):
     """The manifest of a model package is not valid."""
+
+
+class Unsigned(ModelRejected):
+    """It is not signed, and here only what is signed is used."""
+
+
+class SignatureMismatch(ModelRejected):
+    """The signature does not belong to the content."""
+
+
+class NotPinned(ModelRejected):
+    """The version is not among the pinned ones."""
 
 
 class DigestMismatch(ModelRejected):

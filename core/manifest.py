@@ -21,6 +21,7 @@ from core.types import Dtype, Field
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.joblib"
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
 BASELINE_FILE = "baseline.parquet"
 
 Task = Literal["classification", "regression"]
@@ -195,7 +196,8 @@ class ModelManifest:
         )
         for artifact, digest in self.artifacts.items():
             require(_NAME.fullmatch(artifact) is not None, f"{artifact!r} is not a file name")
-            require(artifact != MANIFEST_FILE, "the manifest cannot hold its own digest")
+            own = (MANIFEST_FILE, SIGNATURE_FILE)
+            require(artifact not in own, "the manifest cannot hold a digest of itself or of its signature")
             require(_SHA256.fullmatch(digest) is not None, f"the digest of {artifact!r} is not a sha256")
         require(MODEL_FILE in self.artifacts, f"no digest of {MODEL_FILE}")
         require(self.compiled.artifact in self.artifacts, "no digest of the compiled form")

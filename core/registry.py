@@ -2,9 +2,9 @@
 
 ``<url>/<name>/<version>/`` holds a package's files; its ``manifest.json`` is written last, and a version
 without one does not exist for any reader. ``<url>/<name>/history/<n>.json`` is the append-only record of
-where the traffic went, by whom and why; its last entry is the state of the model, and ``aliases.json`` only
-repeats its aliases for people and other tools. Every step that must happen once is the exclusive creation of
-a file, so it needs no lock and survives a crash.
+where the traffic went, by whom and why, each entry with the digest of the one before; the last one is the
+state of the model, and ``aliases.json`` only repeats its aliases for people and other tools. Every step that
+must happen once is the exclusive creation of a file, so it needs no lock and survives a crash.
 
 Knows what a manifest is; never opens a model.
 """
@@ -14,83 +14,68 @@ from __future__ import annotations
 import getpass
 import hashlib
 import os
-import posixpath
 import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from core import records, traffic
-from core.errors import (
-    DamagedRegistry,
-    DigestMismatch,
-    InvalidRequest,
-    ModelNotFound,
-    RegistryUnavailable,
-)
-from core.manifest import MANIFEST_FILE, ModelManifest, check_model_name, is_model_name
-from core.traffic import CHALLENGER, CHAMPION, PREVIOUS, Rollout, Traffic
+from core.errors import Conflict, DigestMismatch, InvalidRequest, ModelNotFound
+from core.manifest import MANIFEST_FILE, SIGNATURE_FILE, ModelManifest, check_model_name, is_model_name
+from core.model_history import Change, ModelHistory
+from core.object_store import ObjectStore
+from core.settings import Settings
+from core.traffic import CHALLENGER, CHAMPION, PREVIOUS, Traffic
+from core.trust import Trust
 
 __all__ = ["CHALLENGER", "CHAMPION", "PREVIOUS", "Change", "ModelRegistry"]
 
 ALIASES_FILE = "aliases.json"
-_HISTORY = "history"
-_CLAIM = ".claim"
-_REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Entry ``number`` of a model's history: what was done, and where the traffic goes from then on."""
-
-    number: int
-    action: str
-    aliases: Mapping[str, int]
-    rollout: Rollout | None
-    who: str
-    when: datetime
-    why: str
-
-    @property
-    def traffic(self) -> Traffic:
-        """The state that it left."""
-        return Traffic(self.aliases, self.rollout)
+CLAIM_FILE = ".claim"
+_NUMBER = re.compile(r"[1-9]\d*", re.ASCII)
+_REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))?", re.ASCII)
 
 
 class ModelRegistry:
     """Models below one folder or fsspec URL (``s3://bucket/models``).
 
+    ``trust`` is what is demanded of everything that is read; by default, nothing.
+
     Every method raises RegistryUnavailable where the store does not answer.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, trust: Trust | None = None) -> None:
+        self.store = ObjectStore(url)
+        self._trust = trust or Trust()
 
-    @cached_property
-    def _store(self) -> tuple[Any, str]:
-        import fsspec
+    @classmethod
+    def of(cls, settings: Settings) -> ModelRegistry:
+        """The registry that the settings name, trusted as they say; raises InvalidSetting as Trust does."""
+        return cls(
+            settings.models_url, Trust.of(settings.registry_key.get_secret_value(), settings.pinned_models)
+        )
 
-        try:
-            fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except (ImportError, ValueError) as exc:
-            raise InvalidRequest(
-                f"The model registry {self.url!r} cannot be opened: {exc}.",
-                hint="Install the fsspec filesystem for this URL, or correct BANQUET_REGISTRY_URL.",
-            ) from exc
-        return fs, root.rstrip("/")
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.store.url
 
     def models(self) -> list[str]:
         """The names of the models that have a version."""
-        return [name for name in self._children() if is_model_name(name) and self.versions(name)]
+        found = {path[0] for path in self.store.files() if _is_version(path[1:]) and is_model_name(path[0])}
+        return sorted(found)
 
     def versions(self, name: str) -> list[int]:
         """The registered versions of a model, ascending; empty for an unknown one."""
-        found = sorted(int(child) for child in self._children(check_model_name(name)) if child.isdecimal())
-        return [version for version in found if self._exists(name, str(version), MANIFEST_FILE)]
+        found = self.store.files(check_model_name(name))
+        return sorted(int(path[0]) for path in found if _is_version(path))
+
+    def require(self, name: str, version: int | None = None) -> None:
+        """Raise ModelNotFound, which says what there is, where there is no such model or version."""
+        if version is None:
+            if not self.versions(name):
+                raise self._not_found(name, None)
+        elif not self._is_registered(name, version):
+            raise self._not_found(name, version)
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of a model and the versions they point to."""
@@ -119,11 +104,11 @@ class ModelRegistry:
             alias = match["alias"] or CHAMPION
             aliases = self.aliases(name)
             if alias not in aliases:
+                self.require(name)
                 known = ", ".join(sorted(aliases)) or "none"
                 raise ModelNotFound(f"Model {name!r} has no alias {alias!r}.", hint=f"Its aliases: {known}.")
             version = aliases[alias]
-        if not self._exists(name, str(version), MANIFEST_FILE):
-            raise self._no_version(name, version)
+        self.require(name, version)
         return name, version
 
     def manifest(self, name: str, version: int) -> ModelManifest:
@@ -131,18 +116,19 @@ class ModelRegistry:
 
         Raises:
             ModelNotFound: there is no such version.
-            InvalidManifest: it is not a manifest, or that of another package.
+            Unsigned, SignatureMismatch, NotPinned: it is not to be trusted.
+            InvalidManifest: it is not a manifest.
+            DigestMismatch: it is that of another package.
         """
-        text = self._read(check_model_name(name), str(version), MANIFEST_FILE)
-        if text is None:
-            raise self._no_version(name, version)
-        manifest = ModelManifest.from_json(text)
-        if (manifest.name, manifest.version) != (name, version):
-            raise DigestMismatch(
-                f"The manifest of {name}/{version} says it is {manifest.name}/{manifest.version}.",
-                hint="The package was moved or edited; register it anew.",
-            )
-        return manifest
+        content = self._manifest_bytes(name, version)
+        self._trust.check_pin(name, version, content)
+        if self._trust.keys:
+            self._check_signature(name, version, content, self._signature(name, version))
+        return _parsed(name, version, content)
+
+    def manifest_digest(self, name: str, version: int) -> str:
+        """The sha256 of ``manifest.json``, as pins have it; raises ModelNotFound where there is none."""
+        return hashlib.sha256(self._manifest_bytes(name, version)).hexdigest()
 
     def artifact(self, manifest: ModelManifest, file: str) -> bytes:
         """The content of one of a package's files, checked against its digest before anyone parses it.
@@ -150,7 +136,7 @@ class ModelRegistry:
         Raises:
             DigestMismatch: the file is missing or differs.
         """
-        content = self._read(manifest.name, str(manifest.version), file)
+        content = self.store.read(manifest.name, str(manifest.version), file)
         found = None if content is None else hashlib.sha256(content).hexdigest()
         if content is None or found != manifest.artifacts[file]:
             state = "is missing" if content is None else "differs from its digest"
@@ -188,32 +174,80 @@ class ModelRegistry:
         version = self._claim(name)
         digests = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
         manifest = describe(version, digests)
-        for file, content in files.items():
-            self._write_new((name, str(version), file), content)
-        self._replace((name, str(version), MANIFEST_FILE), manifest.to_json().encode())
+        content = manifest.to_json().encode()
+        signature = self._trust.sign("manifest", name, content)
+        # The claim makes the folder ours alone.
+        for file, artifact in files.items():
+            self.store.replace(artifact, name, str(version), file)
+        if signature is not None:
+            self.store.replace(signature.encode(), name, str(version), SIGNATURE_FILE)
+        self.store.replace(content, name, str(version), MANIFEST_FILE)
         return manifest
 
+    def sign(self, name: str) -> tuple[list[int], list[int]]:
+        """Sign by the first key whatever of a model is unsigned, or signed by another of the keys.
+
+        The caller vouches for what is unsigned: nothing says where it came from.
+
+        Returns:
+            The versions and the numbers of the history entries that were signed.
+
+        Raises:
+            InvalidRequest: there is no key.
+            SignatureMismatch, DigestMismatch, HistoryRewritten, DamagedRegistry: something is not what was
+                registered or signed; what comes after it is left as it is.
+        """
+        if not self._trust.keys:
+            raise InvalidRequest("There is no key to sign with.", hint="Set BANQUET_REGISTRY_KEY.")
+        self.require(name)
+        versions = []
+        for version in self.versions(name):
+            content, signature = self._manifest_bytes(name, version), self._signature(name, version)
+            if self._trust.is_current("manifest", name, content, signature):
+                continue
+            if signature is not None:
+                self._check_signature(name, version, content, signature)
+            manifest = _parsed(name, version, content)
+            for file in manifest.artifacts:
+                self.artifact(manifest, file)
+            signature = self._trust.sign("manifest", name, content) or ""
+            self.store.replace(signature.encode(), name, str(version), SIGNATURE_FILE)
+            versions.append(version)
+        return versions, self._history(name).sign()
+
     def set_alias(
-        self, name: str, alias: str, version: int, *, why: str = "", who: str | None = None
+        self, name: str, alias: str, version: int | None, *, why: str = "", who: str | None = None
     ) -> Change:
-        """Point one alias to a registered version. Raises ModelNotFound where there is none.
+        """Point one alias to a registered version, or to none: then it is gone.
 
         ``who`` is the person behind the change; by default the user this process runs as.
+
+        Raises:
+            ModelNotFound: there is no such version, or no such alias to remove.
+            Conflict: it is the champion, and a rollout is under way.
         """
         check_model_name(alias)
-        self._require(name, version)
 
         def pointed(now: Traffic) -> Traffic:
-            return replace(now, aliases={**now.aliases, alias: version})
+            if alias == CHAMPION and now.rollout is not None:
+                raise Conflict(
+                    f"Version {now.rollout.version} of model {name!r} is on trial against the champion.",
+                    hint=f"Abort it first: `banquet rollout abort {name}`.",
+                )
+            if version is not None:
+                return replace(now, aliases={**now.aliases, alias: version})
+            if alias not in now.aliases:
+                known = ", ".join(sorted(now.aliases)) or "none"
+                raise ModelNotFound(f"Model {name!r} has no alias {alias!r}.", hint=f"Its aliases: {known}.")
+            return replace(now, aliases={a: v for a, v in now.aliases.items() if a != alias})
 
-        return self.change(name, f"set {alias}", pointed, why=why, who=who)
+        action = f"remove {alias}" if version is None else f"set {alias}"
+        return self.change(name, action, pointed, why=why, who=who)
 
     def promote(
         self, name: str, version: int | None = None, *, why: str = "", who: str | None = None
     ) -> Change:
         """Make a version champion as ``traffic.promoted`` does. Raises as that, or where there is none."""
-        if version is not None:
-            self._require(name, version)
         return self.change(
             name, "promote", lambda now: traffic.promoted(now, version, name=name), why=why, who=who
         )
@@ -237,48 +271,44 @@ class ModelRegistry:
 
         Of two writers at once one is first; the other's ``transform`` is called again on what that one left.
         Whatever it raises is raised, and nothing is written.
+
+        Raises:
+            ModelNotFound: there is no such model, or no such version as the traffic would newly go to.
+            Unsigned, SignatureMismatch, HistoryRewritten, DamagedRegistry: as ``latest``.
         """
-        check_model_name(name)
-        while True:
-            last = self.latest(name)
-            after = transform(last.traffic if last else Traffic())
-            number = last.number + 1 if last else 1
-            done = Change(
-                number, action, dict(after.aliases), after.rollout, who or _user(), datetime.now(tz=UTC), why
-            )
-            try:
-                self._write_new((name, _HISTORY, f"{number}.json"), records.to_json(done).encode())
-            except FileExistsError:
-                continue
-            self._repeat_aliases(name)
-            return done
+
+        def checked(last: Change | None) -> Traffic:
+            if last is None:
+                self.require(name)
+            now = last.traffic if last else Traffic()
+            after = transform(now)
+            for version in sorted(versions_in(after) - versions_in(now)):
+                self.require(name, version)
+            return after
+
+        done = self._history(name).append(action, checked, who=who or _user(), why=why)
+        self._repeat_aliases(name)
+        return done
 
     def history(self, name: str) -> list[Change]:
-        """Every change of a model's traffic, oldest first."""
-        return [self._entry(name, number) for number in self._history_numbers(check_model_name(name))]
+        """Every change of a model's traffic, oldest first. Raises as ``latest``."""
+        return self._history(name).entries()
 
     def latest(self, name: str, known: Change | None = None) -> Change | None:
         """The last change of a model's traffic, which is its state; None where there was none.
 
-        ``known`` is what the caller has: while nothing follows it, one question to the store answers.
-        """
-        if known is not None and not self._exists(name, _HISTORY, f"{known.number + 1}.json"):
-            return known
-        last = max(self._history_numbers(check_model_name(name)), default=0)
-        return self._entry(name, last) if last else None
+        ``known`` is what the caller has: while nothing follows it, two questions to the store answer. What
+        follows is checked link by link, so that a caller never goes behind an entry that it has seen.
 
-    def _entry(self, name: str, number: int) -> Change:
-        place = f"{name}/{_HISTORY}/{number}.json"
-        try:
-            change = records.from_json(Change, self._read(name, _HISTORY, f"{number}.json") or b"", "it")
-            if change.number != number:
-                raise ValueError(f"it is entry {change.number}")
-        except ValueError as exc:
-            raise DamagedRegistry(
-                f"{place} in the model registry cannot be read: {exc}.",
-                hint="Restore the file; the entries before it have every earlier state.",
-            ) from exc
-        return change
+        Raises:
+            HistoryRewritten: ``known`` is gone or another, or an entry does not follow from the one before.
+            Unsigned, SignatureMismatch: an entry is not to be trusted.
+            DamagedRegistry: an entry cannot be read.
+        """
+        return self._history(name).latest(known)
+
+    def _history(self, name: str) -> ModelHistory:
+        return ModelHistory(self.store, self._trust, check_model_name(name))
 
     def _repeat_aliases(self, name: str) -> None:
         """Write the last entry's aliases to ``aliases.json``.
@@ -288,106 +318,64 @@ class ModelRegistry:
         """
         written = None
         while (last := self.latest(name, written)) is not None and last != written:
-            self._replace((name, ALIASES_FILE), records.to_json(last.aliases).encode())
+            self.store.replace(records.to_json(last.aliases).encode(), name, ALIASES_FILE)
             written = last
 
-    def _history_numbers(self, name: str) -> list[int]:
-        stems = (child.removesuffix(".json") for child in self._children(name, _HISTORY))
-        return sorted(int(stem) for stem in stems if stem.isdecimal())
-
     def _claim(self, name: str) -> int:
-        """The next free version; creating its claim is what makes it ours alone."""
-        taken = [int(child) for child in self._children(name) if child.isdecimal()]
+        """The next free version; creating its claim is what makes it ours alone, and no one's afterwards."""
+        taken = [int(child) for child in self.store.children(name) if _NUMBER.fullmatch(child)]
         version = max(taken, default=0) + 1
         while True:
             try:
-                self._write_new((name, str(version), _CLAIM), b"")
+                self.store.create(b"", name, str(version), CLAIM_FILE)
             except FileExistsError:
                 version += 1
             else:
                 return version
 
-    def _require(self, name: str, version: int) -> None:
-        if not self._exists(check_model_name(name), str(version), MANIFEST_FILE):
-            raise self._no_version(name, version)
-
-    def _no_version(self, name: str, version: int) -> ModelNotFound:
-        known = ", ".join(str(v) for v in self.versions(name)) or "none"
-        return ModelNotFound(f"Model {name!r} has no version {version}.", hint=f"Its versions: {known}.")
-
-    def _children(self, *parts: str) -> list[str]:
-        fs, root = self._store
-        try:
-            with self._available(FileNotFoundError, NotADirectoryError):
-                found = fs.ls(posixpath.join(root, *parts), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(posixpath.basename(path.rstrip("/")) for path in found)
-
-    def _exists(self, *parts: str) -> bool:
-        fs, root = self._store
-        with self._available():
-            return bool(fs.isfile(posixpath.join(root, *parts)))
-
-    def _read(self, *parts: str) -> bytes | None:
-        fs, root = self._store
-        try:
-            with self._available(FileNotFoundError, NotADirectoryError):
-                content: bytes = fs.cat_file(posixpath.join(root, *parts))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def _manifest_bytes(self, name: str, version: int) -> bytes:
+        content = self.store.read(check_model_name(name), str(version), MANIFEST_FILE)
+        if content is None:
+            raise self._not_found(name, version)
         return content
 
-    def _write_new(self, parts: tuple[str, ...], content: bytes) -> None:
-        """Create a file; raises FileExistsError where it is there already."""
-        fs, path = self._place(parts)
-        with self._available(FileExistsError):
-            if "file" not in _protocols(fs):
-                fs.pipe_file(path, content, mode="create")
-                return
-            aside = posixpath.join(posixpath.dirname(path), f".{uuid.uuid4().hex}")
-            fs.pipe_file(aside, content)
-            try:
-                # A link appears with its whole content or not at all, and never over another.
-                os.link(aside, path)
-            finally:
-                os.unlink(aside)
+    def _signature(self, name: str, version: int) -> str | None:
+        found = self.store.read(name, str(version), SIGNATURE_FILE)
+        return None if found is None else found.decode("ascii", "replace").strip()
 
-    def _replace(self, parts: tuple[str, ...], content: bytes) -> None:
-        """Write a file as a whole: a reader sees the old content or the new, never a part."""
-        fs, path = self._place(parts)
-        with self._available():
-            if "file" not in _protocols(fs):
-                fs.pipe_file(path, content)  # object stores replace objects atomically
-                return
-            aside = posixpath.join(posixpath.dirname(path), f".{uuid.uuid4().hex}")
-            fs.pipe_file(aside, content)
-            os.replace(aside, path)
+    def _check_signature(self, name: str, version: int, content: bytes, signature: str | None) -> None:
+        self._trust.check("manifest", name, content, signature, f"The manifest of {name}/{version}")
 
-    def _place(self, parts: tuple[str, ...]) -> tuple[Any, str]:
-        """Where to write, its folder made."""
-        fs, root = self._store
-        path = posixpath.join(root, *parts)
-        with self._available():
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        return fs, path
+    def _is_registered(self, name: str, version: int) -> bool:
+        return self.store.read(check_model_name(name), str(version), MANIFEST_FILE) is not None
 
-    @contextmanager
-    def _available(self, *expected: type[OSError]) -> Iterator[None]:
-        """Make anything but the errors that the caller expects a RegistryUnavailable."""
-        try:
-            yield
-        except expected:
-            raise
-        except Exception as exc:  # each store has exceptions of its own, few of them OSError
-            raise RegistryUnavailable(
-                f"The model registry {self.url!r} does not answer: {exc}.",
-                hint="Check BANQUET_REGISTRY_URL and the credentials of its store.",
-            ) from exc
+    def _not_found(self, name: str, version: int | None) -> ModelNotFound:
+        versions = self.versions(name)
+        if version is None or not versions:
+            known = ", ".join(self.models()) or "none; `banquet train` registers one"
+            return ModelNotFound(f"There is no model {name!r}.", hint=f"Models: {known}.")
+        known = ", ".join(map(str, versions))
+        return ModelNotFound(f"Model {name!r} has no version {version}.", hint=f"Its versions: {known}.")
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+def _parsed(name: str, version: int, content: bytes) -> ModelManifest:
+    manifest = ModelManifest.from_json(content)
+    if (manifest.name, manifest.version) != (name, version):
+        raise DigestMismatch(
+            f"The manifest of {name}/{version} says it is {manifest.name}/{manifest.version}.",
+            hint="The package was moved or edited; register it anew.",
+        )
+    return manifest
+
+
+def versions_in(traffic: Traffic) -> set[int]:
+    """The versions that aliases or a rollout point to."""
+    trial = {traffic.rollout.version, traffic.rollout.champion} if traffic.rollout else set()
+    return {*traffic.aliases.values(), *trial}
+
+
+def _is_version(path: tuple[str, ...]) -> bool:
+    return len(path) == 2 and path[1] == MANIFEST_FILE and _NUMBER.fullmatch(path[0]) is not None
 
 
 def _user() -> str:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core.errors import InvalidSetting
@@ -25,6 +25,13 @@ class Settings(BaseSettings):
 
     registry_url: str | None = Field(
         None, description="Model registry: a folder or any fsspec URL; default <state_dir>/models."
+    )
+    registry_key: SecretStr = Field(
+        SecretStr(""),
+        description="Keys that sign the registry, separated by commas, the first signs; empty: none.",
+    )
+    pinned_models: Path | None = Field(
+        None, description="JSON file of the only versions to load and the sha256 of their manifests."
     )
     state_dir: Path = Field(Path(".banquet"), description="Embedded Redis data, local model registry.")
     default_model: str | None = Field(

@@ -41,7 +41,7 @@ def build_app(repo: Path, settings: Settings) -> App:
         timeout_seconds=settings.redis_timeout_s,
         max_in_flight=settings.redis_max_in_flight,
     )
-    return create_app(repository, ModelRegistry(settings.models_url), connection, settings)
+    return create_app(repository, ModelRegistry.of(settings), connection, settings)
 
 
 def serve(repo: Path, *, host: str, port: int, workers: int = 1, settings: Settings | None = None) -> None:

@@ -114,7 +114,7 @@ def edited(*path: str | int, to: Any = None, remove: bool = False) -> str:
         (edited("threshold", to=0.5), "two classes"),
         (edited("name", to="../churn"), "not a model name"),
         (edited("artifacts", "../../etc/passwd", to="0" * 64), "not a file name"),
-        (edited("artifacts", "manifest.json", to="0" * 64), "its own digest"),
+        (edited("artifacts", "manifest.json", to="0" * 64), "a digest of itself"),
         (edited("artifacts", "model.joblib", to="abc"), "not a sha256"),
         (edited("artifacts", "model.joblib", remove=True), "no digest of model.joblib"),
         (edited("compiled", "artifact", to="other.onnx"), "no digest of the compiled form"),
