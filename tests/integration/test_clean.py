@@ -159,6 +159,17 @@ def test_a_project_whose_name_ends_like_ours_keeps_every_byte(
     assert contents(other) == theirs_before
 
 
+def test_the_statistics_of_a_rollout_stay(shop: FeastRepository) -> None:
+    write(shop, PROFILE)
+    register(shop, [])
+    key = "banquet:trial:{fraud:model:1}"
+    with shop.redis.session() as client:
+        for name in (f"{key}:counts:champion:100", f"{key}:fraud", f"{key}:fraud:ledger"):
+            client.hset(name, "rows", 1)
+    assert run(shop, whole_project=True).removed_views == {"profile": 3}
+    assert len(contents(shop)) == 3
+
+
 def test_a_registry_without_views_does_not_empty_the_store(shop: FeastRepository) -> None:
     write(shop, PROFILE)
     register(shop, [])
