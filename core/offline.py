@@ -34,8 +34,9 @@ from feast.saved_dataset import SavedDatasetStorage
 from feast.utils import _get_requested_feature_views_to_features_dict, compute_non_entity_date_range
 
 from core import parquet
+from core.comparison import epoch
 from core.errors import InvalidSource
-from core.point_in_time import epoch, point_in_time_join
+from core.point_in_time import point_in_time_join
 from core.retrieval import (
     EPOCH,
     EVENT_TIMESTAMP,

@@ -25,8 +25,9 @@ from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.type_map import feast_value_type_to_pa
 
+from core.comparison import within
 from core.errors import EntityFrameError, InvalidRepository, InvalidSource
-from core.point_in_time import ViewJoin, within
+from core.point_in_time import ViewJoin
 from core.source import Scan, connect, identifier, literal, scan
 
 EVENT_TIMESTAMP = "event_timestamp"

@@ -15,7 +15,7 @@ from functools import cached_property
 import duckdb
 import pyarrow as pa
 
-from core.point_in_time import epoch, within
+from core.comparison import epoch, within
 from core.repository import View
 from core.source import Scan, identifier
 
