@@ -46,8 +46,11 @@ bench-serving: $(READY)  ## Measure the server beside feast serve and its limits
 bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a second
 	$(BIN)/python bench/stream.py $(ARGS)
 
+bench-soak: $(READY)  ## Measure how workers' memory grows in 30 minutes of predictions and promotions
+	$(BIN)/python bench/soak.py $(ARGS)
+
 lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
-.PHONY: help install demo test unit lint check format bench-serving bench-stream lock
+.PHONY: help install demo test unit lint check format bench-serving bench-stream bench-soak lock

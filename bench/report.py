@@ -1,4 +1,4 @@
-"""How a bench reports: Markdown tables, a JSON record, a bar chart as SVG, a marked section of a document."""
+"""How a bench reports: Markdown tables, a JSON record, charts as SVG, a marked section of a document."""
 
 from __future__ import annotations
 
@@ -83,6 +83,42 @@ def bar_chart(name: str, title: str, unit: str, groups: dict[str, dict[str, floa
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.svg").write_text(
         f'{head}font-size="12"><rect width="100%" height="100%" fill="white"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def line_chart(
+    name: str, title: str, axes: tuple[str, str], lines: dict[str, list[tuple[float, float]]]
+) -> None:
+    """``bench/results/<name>.svg``: lines of (x, y) on linear axes that begin at 0."""
+    left, top, width, height = 70, 48, 720, 260
+    right = max(x for points in lines.values() for x, _ in points)
+    high = max(y for points in lines.values() for _, y in points) * 1.1
+    parts = [f'<text x="10" y="22" font-size="15">{escape(title)}</text>']
+    for step in range(6):
+        x, y = left + width * step / 5, top + height * (1 - step / 5)
+        parts.append(f'<line x1="{left}" y1="{y:.0f}" x2="{left + width}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{high * step / 5:.0f}</text>')
+        label = f"{right * step / 5:.3g}"
+        parts.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{label}</text>')
+    for number, (label, points) in enumerate(lines.items()):
+        color = _COLORS[(number + 1) % len(_COLORS)]
+        path = " ".join(
+            f"{left + width * x / right:.1f},{top + height * (1 - y / high):.1f}" for x, y in points
+        )
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        parts.append(
+            f'<text x="{left + 10 + 110 * number}" y="{top - 8}" fill="{color}">{escape(label)}</text>'
+        )
+    parts.append(
+        f'<text x="{left + width}" y="{top + height + 36}" text-anchor="end">{escape(axes[0])}</text>'
+    )
+    parts.append(f'<text x="{left - 8}" y="{top - 8}" text-anchor="end">{escape(axes[1])}</text>')
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{top + height + 50}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
