@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pkgutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,15 +35,9 @@ _PORT = 8000
 def serve(ctx: Context, host: str, port: int, workers: int) -> None:
     """Serve features and predictions over HTTP."""
     from core.settings import load_settings
+    from serving.server import serve as run
 
-    settings = load_settings()
-    with tempfile.TemporaryDirectory(prefix="banquet-metrics-") as folder:
-        if workers > 1:
-            # Before anything imports prometheus_client, which decides then how workers count.
-            os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
-        from serving.server import serve as run
-
-        run(ctx.repo, host=host, port=port, workers=workers, settings=settings)
+    run(ctx.repo, host=host, port=port, workers=workers, settings=load_settings())
 
 
 @main.command()
@@ -59,8 +51,7 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
     """Run the main job: Redis, sources, apply, materialize, train, serve. Repeating it is safe."""
     from core.repository import FeastRepository
     from core.settings import load_settings
-    from serving.server import check_port
-    from serving.server import serve as run
+    from serving.server import check_port, serve_here
 
     settings = load_settings()
     repository = FeastRepository.open(ctx.repo)
@@ -79,7 +70,7 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
             f"  curl -s {shown}/predict -H 'Content-Type: application/json' \\\n"
             f'    -d \'{{"entities": [{{"user_id": 1}}, {{"user_id": 99999999}}]}}\'\n'
         )
-        run(ctx.repo, host=host, port=port, settings=settings)
+        serve_here(ctx.repo, host=host, port=port, settings=settings)
 
 
 def _prepare(

@@ -49,6 +49,22 @@ class Settings(BaseSettings):
     registry_refresh_s: float = Field(
         2.0, gt=0, description="Seconds between looks for changed definitions and models."
     )
+    max_requests: int = Field(
+        0, ge=0, description="Requests after which a worker is replaced, up to a fifth more; 0: never."
+    )
+    memory_limit_mb: int = Field(
+        0, ge=0, description="Resident memory in MB past which a worker is replaced; 0: no limit."
+    )
+    keep_alive_s: float = Field(
+        75.0,
+        gt=0,
+        description="Seconds an idle connection stays open; longer than a proxy in front keeps it.",
+    )
+    stop_timeout_s: float = Field(
+        25.0,
+        gt=0,
+        description="Seconds that requests in flight get to end when a worker or the server stops.",
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
 
     @property

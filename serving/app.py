@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +29,7 @@ from serving.access import AccessPolicy
 from serving.catalog import Catalog
 from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send
 from serving.features import OnlineFeaturesEndpoint
+from serving.memory import MemoryWatch
 from serving.metrics import RequestMetrics
 from serving.predictions import PredictEndpoint
 from serving.problems import CONTENT_TYPE, MethodNotAllowed, RouteNotFound, problem
@@ -61,13 +63,21 @@ class _Answer(Response):
 
 
 def create_app(
-    repository: FeastRepository, registry: ModelRegistry, connection: HashReader, settings: Settings
+    repository: FeastRepository,
+    registry: ModelRegistry,
+    connection: HashReader,
+    settings: Settings,
+    *,
+    slot: int = 0,
+    recycle: Callable[[str], None] | None = None,
 ) -> App:
     """The application of one worker.
 
-    ``connection`` is opened when the application starts and closed when it stops.
+    ``connection`` is opened when the application starts and closed when it stops. ``slot`` is the worker's
+    number in the metrics, ``recycle`` asks for its replacement, where it has a supervisor.
     """
     metrics = RequestMetrics()
+    memory = MemoryWatch(metrics, slot, settings.memory_limit_mb * 1_000_000, recycle)
     access = AccessPolicy([key.strip() for key in settings.api_keys.split(",") if key.strip()])
     gateway = Gateway(max_body_bytes=settings.max_body_bytes, access=access, metrics=metrics)
     catalog = Catalog(repository, registry, connection, settings, metrics)
@@ -82,9 +92,11 @@ def create_app(
             log.warning("%s", exc)
         await catalog.start()
         _spare_the_collector()
+        watch = asyncio.create_task(memory.run())
         try:
             yield
         finally:
+            watch.cancel()
             await catalog.stop()
             await writer.close()
             await connection.close()

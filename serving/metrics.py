@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-# Where workers share their counts; prometheus_client reads it when it is first imported.
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+# Where prometheus_client looks for the counts that workers share.
+_SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _LATENCY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -53,6 +55,13 @@ class RequestMetrics:
             registry=self.registry,
             multiprocess_mode="livemostrecent",
         )
+        self._memory = Gauge(
+            "banquet_worker_memory_bytes",
+            "Resident memory of a worker.",
+            ["worker"],
+            registry=self.registry,
+            multiprocess_mode="livemostrecent",
+        )
         self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._row_children: dict[tuple[str, int], Counter] = {}
         self._status_children: dict[tuple[str, str], Counter] = {}
@@ -93,6 +102,10 @@ class RequestMetrics:
         """Record which version an alias serves."""
         self._versions.labels(model, alias).set(version)
 
+    def memory(self, worker: int, resident_bytes: int) -> None:
+        """Record the resident memory of the worker in this slot."""
+        self._memory.labels(str(worker)).set(resident_bytes)
+
     def text(self) -> bytes:
         """The metrics of every worker in Prometheus' text format."""
         registry = self.registry
@@ -104,6 +117,16 @@ class RequestMetrics:
         return found
 
 
-def forget_worker(process_id: int) -> None:
+def share_counts(folder: str, slot: int) -> None:
+    """Count in files of ``folder`` from now on, for a worker that has ``slot`` to itself while it lives.
+
+    Files are kept by slot and not by process id, so that a replaced worker's successor counts on in them and
+    there are never more files than workers at one time.
+    """
+    os.environ[_SHARED_FOLDER] = folder
+    values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
+
+
+def forget_worker(folder: str, slot: int) -> None:
     """Drop the gauges of a worker that has ended; what it counted stays counted."""
-    mark_process_dead(process_id)  # type: ignore[no-untyped-call]
+    mark_process_dead(slot, folder)  # type: ignore[no-untyped-call]

@@ -24,9 +24,18 @@ class HotProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._routes = self.config.app if isinstance(self.config.app, HotRoutes) else None
         self._reading: tuple[RequestResponseCycle, str, Endpoint] | None = None
+        self._draining = False
+
+    def drain(self) -> None:
+        """Close the connection after the next answer that has not begun, and say so in it."""
+        self._draining = True
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Part of uvicorn's protocol: the headers of the request whose turn it is are complete."""
+        if self._draining and cycle is self.cycle:  # the last one read: those before it are answered first
+            cycle.keep_alive = False
         if self._routes is not None and app is self.app and not cycle.waiting_for_100_continue:
             found = self._routes.find(cycle.scope["method"], cycle.scope["path"])
             if found is not None:

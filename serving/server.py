@@ -1,4 +1,4 @@
-"""Running the application: one worker in this process, or several under gunicorn.
+"""Running the application: supervised workers, or one worker in this process.
 
 The composition of one worker (repository, registry, connection) is here, because every worker has to make
 its own after it has started.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +21,90 @@ from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings, load_settings
 from serving.app import create_app
+from serving.draining import DrainingServer
 from serving.endpoints import App
-from serving.metrics import forget_worker
+from serving.metrics import forget_worker, share_counts
 from serving.protocol import HotProtocol
 
-# How every worker runs. Parsers and loop in C; the access log would cost more than a prediction does.
-UVICORN: dict[str, Any] = {
-    "loop": "uvloop",
-    "http": HotProtocol,
-    "access_log": False,
-    "server_header": False,
-    "log_level": "warning",
-}
+
+def uvicorn_options(settings: Settings) -> dict[str, Any]:
+    """How every worker runs."""
+    return {
+        # Parsers and loop in C; the access log would cost more than a prediction does.
+        "loop": "uvloop",
+        "http": HotProtocol,
+        "ws": "none",
+        "access_log": False,
+        "server_header": False,
+        "log_level": "warning",
+        "timeout_keep_alive": settings.keep_alive_s,
+        "timeout_graceful_shutdown": settings.stop_timeout_s,
+    }
 
 
-def build_app(repo: Path, settings: Settings) -> App:
-    """The application of one worker for the Feast repository at ``repo``."""
+def build_app(
+    repo: Path, settings: Settings, *, slot: int = 0, recycle: Callable[[str], None] | None = None
+) -> App:
+    """The application of one worker for the Feast repository at ``repo``.
+
+    ``slot`` is the worker's number, ``recycle`` asks for its replacement, given the reason.
+    """
     repository = FeastRepository.open(repo)
     connection = open_connection(
         repository.redis,
         timeout_seconds=settings.redis_timeout_s,
         max_in_flight=settings.redis_max_in_flight,
     )
-    return create_app(repository, ModelRegistry.of(settings), connection, settings)
+    registry = ModelRegistry.of(settings)
+    return create_app(repository, registry, connection, settings, slot=slot, recycle=recycle)
 
 
 def serve(repo: Path, *, host: str, port: int, workers: int = 1, settings: Settings | None = None) -> None:
-    """Serve until interrupted.
+    """Serve with supervised workers until SIGTERM or SIGINT; does not return.
+
+    Raises:
+        Conflict: the port is taken.
+        SystemExit: the server has ended.
+    """
+    # Here, because a process that serves by itself needs no gunicorn.
+    from serving.workers import Worker, supervise
+
+    settings = settings or load_settings()
+    _configure(settings)
+    check_port(host, port)
+    with tempfile.TemporaryDirectory(prefix="banquet-metrics-") as folder:
+
+        def build(worker: Worker) -> App:
+            share_counts(folder, worker.slot)
+            return build_app(repo, settings, slot=worker.slot, recycle=worker.ask_to_be_replaced)
+
+        supervise(
+            build,
+            uvicorn_options(settings),
+            host=host,
+            port=port,
+            workers=workers,
+            max_requests=settings.max_requests,
+            on_exit=lambda worker: forget_worker(folder, worker.slot),
+        )
+
+
+def serve_here(repo: Path, *, host: str, port: int, settings: Settings) -> None:
+    """Serve in this process, with nobody to replace it, until SIGTERM or SIGINT.
+
+    For a process that has used threads and libraries which do not survive a fork.
 
     Raises:
         Conflict: the port is taken.
     """
-    settings = settings or load_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _configure(settings)
     check_port(host, port)
-    if workers == 1:
-        uvicorn.run(build_app(repo, settings), host=host, port=port, **UVICORN)
-    else:
-        _serve_with_gunicorn(repo, host, port, workers, settings)
+    app = build_app(repo, settings)
+    DrainingServer(uvicorn.Config(app, host=host, port=port, **uvicorn_options(settings))).run()
+
+
+def _configure(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def check_port(host: str, port: int) -> None:
@@ -70,26 +118,3 @@ def check_port(host: str, port: int) -> None:
             raise Conflict(
                 f"Cannot listen on {host}:{port} ({exc.strerror}).", hint="Choose another port with --port."
             ) from exc
-
-
-def _serve_with_gunicorn(repo: Path, host: str, port: int, workers: int, settings: Settings) -> None:
-    from gunicorn.app.base import BaseApplication
-    from uvicorn_worker import UvicornWorker
-
-    class Worker(UvicornWorker):  # type: ignore[misc]
-        CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, **UVICORN}  # noqa: RUF012
-
-    class Server(BaseApplication):  # type: ignore[misc]
-        def load_config(self) -> None:
-            self.cfg.set("bind", f"{host}:{port}")
-            self.cfg.set("workers", workers)
-            self.cfg.set("worker_class", Worker)
-            # The modules are loaded once, before the workers fork; connections and models after.
-            self.cfg.set("preload_app", False)
-            self.cfg.set("loglevel", "warning")
-            self.cfg.set("child_exit", lambda _, worker: forget_worker(worker.pid))
-
-        def load(self) -> App:
-            return build_app(repo, settings)
-
-    Server().run()

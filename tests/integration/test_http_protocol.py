@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from serving.access import AccessPolicy
+from serving.draining import DrainingServer
 from serving.endpoints import Gateway, HotRoutes
 from serving.metrics import RequestMetrics
 from serving.protocol import HotProtocol
@@ -21,14 +26,19 @@ LIMIT = 200_000
 
 
 async def echo(body: bytes, request_id: str) -> bytes:
-    """Slower for a body that begins with `slow`, so that order is put to the test."""
+    """Slow for a body that begins with `slow`, so that order is put to the test.
+
+    `slowest` lasts longer than a server takes to notice that it is to end.
+    """
     if body.startswith(b'"slow'):
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.4 if body.startswith(b'"slowest') else 0.05)
     return body
 
 
 @asynccontextmanager
-async def server() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, uvicorn.Server]]:
+async def server(
+    **options: Any,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, DrainingServer]]:
     """A connection to a server with the hot route ``/echo``, and ``/cold`` behind it."""
 
     async def plain(request: Request) -> PlainTextResponse:
@@ -36,8 +46,8 @@ async def server() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWr
 
     gateway = Gateway(max_body_bytes=LIMIT, access=AccessPolicy([]), metrics=RequestMetrics())
     app = HotRoutes(Starlette(routes=[Route("/cold", plain, methods=["POST"])]), gateway, {"/echo": echo})
-    config = uvicorn.Config(app, port=0, http=HotProtocol, log_level="warning", lifespan="off")
-    running = uvicorn.Server(config)
+    config = uvicorn.Config(app, port=0, http=HotProtocol, log_level="warning", lifespan="off", **options)
+    running = DrainingServer(config)
     task = asyncio.create_task(running.serve())
     while not running.started:
         await asyncio.sleep(0.01)
@@ -47,7 +57,7 @@ async def server() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWr
         yield reader, writer, running
     finally:
         writer.close()
-        running.should_exit = True
+        running.handle_exit(signal.SIGTERM, None)
         await asyncio.wait_for(task, 10)
 
 
@@ -167,14 +177,59 @@ def test_a_client_that_leaves_early_harms_nobody() -> None:
     asyncio.run(scenario())
 
 
+def test_a_retiring_server_answers_once_more_and_says_that_it_closes() -> None:
+    """In flight and idle alike; nothing new is taken."""
+
+    async def scenario() -> None:
+        async with server() as (reader, writer, running):
+            port = writer.get_extra_info("peername")[1]
+            busy_reader, busy = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(b'"1"'))
+            assert "connection" not in (await answer(reader))[1]
+            busy.write(request(b'"slowest"') + request(b'"2"', path="/cold"))
+            await asyncio.sleep(0.02)
+            running.retire()
+            first, second = await answer(busy_reader), await answer(busy_reader)
+            assert (first[2], second[2]) == (b'"slowest"', b'cold "2"')
+            assert "connection" not in first[1]
+            assert second[1]["connection"] == "close"
+            assert await asyncio.wait_for(busy_reader.read(), 5) == b""
+            await asyncio.sleep(0.3)
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(b'"later"'))
+            _, headers, body = await answer(reader)
+            assert (headers["connection"], body) == ("close", b'"later"')
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            busy.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_retiring_server_leaves_an_idle_connection_its_keep_alive_time_and_a_stopping_one_does_not() -> (
+    None
+):
+    async def scenario() -> None:
+        for stops, least, most in ((False, 1.7, 3.0), (True, 0.8, 1.7)):
+            async with server(timeout_keep_alive=2) as (reader, writer, running):
+                writer.write(request(b'"1"'))
+                await answer(reader)
+                began = time.monotonic()
+                running.handle_exit(signal.SIGTERM, None) if stops else running.retire()
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+                assert least < time.monotonic() - began < most
+
+    asyncio.run(scenario())
+
+
 def test_shutdown_lets_a_hot_request_finish() -> None:
     async def scenario() -> None:
         async with server() as (reader, writer, running):
-            writer.write(request(b'"slow 1"'))
+            writer.write(request(b'"slowest"'))
             await writer.drain()
             await asyncio.sleep(0.02)
-            running.should_exit = True
-            assert (await answer(reader))[2] == b'"slow 1"'
+            running.handle_exit(signal.SIGTERM, None)
+            assert (await answer(reader))[2] == b'"slowest"'
             assert await asyncio.wait_for(reader.read(), 5) == b""
 
     asyncio.run(scenario())

@@ -25,11 +25,13 @@ START_TIMEOUT_SECONDS = 60.0
 @contextmanager
 def banquet(repo: Path, settings: Settings | None = None) -> Iterator[httpx.Client]:
     """A worker in a thread of this process, on a free port; gives a client for its address."""
-    from serving.server import UVICORN, build_app
+    from serving.draining import DrainingServer
+    from serving.server import build_app, uvicorn_options
 
-    app = build_app(repo, settings or Settings(features_only=True, state_dir=repo / ".banquet"))
+    settings = settings or Settings(features_only=True, state_dir=repo / ".banquet")
+    app = build_app(repo, settings)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **UVICORN))
+    server = DrainingServer(uvicorn.Config(app, host="127.0.0.1", port=port, **uvicorn_options(settings)))
     thread = threading.Thread(target=server.run, name="banquet-server")
     thread.start()
     try:
@@ -46,8 +48,9 @@ def banquet(repo: Path, settings: Settings | None = None) -> Iterator[httpx.Clie
 def banquet_process(repo: Path, environ: Mapping[str, str] | None = None) -> Iterator[httpx.Client]:
     """A worker in a process of its own; gives a client for its address."""
     code = (
-        "import sys; from pathlib import Path; from serving.server import serve;"
-        "serve(Path(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
+        "import sys; from pathlib import Path; from core.settings import load_settings;"
+        "from serving.server import serve_here;"
+        "serve_here(Path(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]), settings=load_settings())"
     )
     settings = {"BANQUET_FEATURES_ONLY": "true", "BANQUET_STATE_DIR": str(repo / ".banquet")}
     root = Path(__file__).parents[2]
