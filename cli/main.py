@@ -83,6 +83,6 @@ def main(ctx: click.Context, repo: Path, as_json: bool) -> None:
     ctx.obj = Context(repo, as_json)
 
 
-from cli import features, models, online, operations  # noqa: E402 — commands register themselves on `main`
+from cli import features, models, online, operations, rollout  # noqa: E402 — commands register on `main`
 
-__all__ = ["features", "main", "models", "online", "operations"]
+__all__ = ["features", "main", "models", "online", "operations", "rollout"]

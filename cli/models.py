@@ -115,7 +115,7 @@ def show(ctx: Context, reference: str) -> None:
 @click.pass_obj
 def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
     """Make a version champion; the champion before it becomes `previous`."""
-    _report_change(ctx, name, open_registry().promote(name, version, why=why))
+    report_change(ctx, name, open_registry().promote(name, version, why=why))
 
 
 @models.command()
@@ -124,7 +124,7 @@ def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
 @click.pass_obj
 def rollback(ctx: Context, name: str, why: str) -> None:
     """Bring the previous champion back."""
-    _report_change(ctx, name, open_registry().rollback(name, why=why))
+    report_change(ctx, name, open_registry().rollback(name, why=why))
 
 
 @models.command()
@@ -133,7 +133,7 @@ def rollback(ctx: Context, name: str, why: str) -> None:
 def history(ctx: Context, name: str) -> None:
     """What the aliases were set to, by whom, when and why."""
     changes = open_registry().history(name)
-    data = [_change_data(change) for change in changes]
+    data = [change_data(change) for change in changes]
     lines = [
         f"{c.when:%Y-%m-%d %H:%M:%S}  {c.who}  {c.action}  {_aliases_text(c.aliases)}  {c.why}".rstrip()
         for c in changes
@@ -169,11 +169,17 @@ def verify(ctx: Context, reference: str | None) -> None:
         sys.exit(1)
 
 
-def _report_change(ctx: Context, name: str, change: Change) -> None:
-    ctx.report(_change_data(change), f"{name}: {_aliases_text(change.aliases)}")
+def report_change(ctx: Context, name: str, change: Change) -> None:
+    """What a change left: aliases and rollout."""
+    text = f"{name}: {_aliases_text(change.aliases)}"
+    if change.rollout is not None:
+        rollout = change.rollout
+        text += f"; {rollout.kind} of version {rollout.version} at {rollout.step.percent:g} %"
+    ctx.report(change_data(change), text)
 
 
-def _change_data(change: Change) -> dict[str, Any]:
+def change_data(change: Change) -> dict[str, Any]:
+    """An entry of a model's history as JSON data."""
     import json
 
     from core import records

@@ -91,12 +91,14 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             return value
         raise refuse(f"one of {', '.join(typing.get_args(kind))}")
     if origin in (typing.Union, types.UnionType):
+        reasons = []
         for option in typing.get_args(kind):
             try:
                 return _read(option, value, where)
             except NotRecord as exc:
-                last = exc
-        raise last
+                # Its text alone: a kept exception keeps every frame below it, and what they load.
+                reasons.append(str(exc))
+        raise NotRecord(reasons[-1])
     if origin is tuple:
         if not isinstance(value, list):
             raise refuse("a list")

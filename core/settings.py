@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     )
     features_only: bool = Field(False, description="Be ready without a model, as a feature server.")
     api_keys: str = Field("", description="Bearer keys, separated by commas; empty: no key is needed.")
+    admin_keys: str = Field("", description="Bearer keys of the admin API; empty: it is off.")
     max_entities: int = Field(10_000, gt=0, description="Entities in one request.")
     max_body_bytes: int = Field(4 * 1024 * 1024, gt=0, description="Bytes in one request body.")
     slice_rows: int = Field(256, gt=0, description="Rows handled before other requests get a turn.")
@@ -47,7 +48,7 @@ class Settings(BaseSettings):
     )
     redis_max_in_flight: int = Field(50_000, gt=0, description="Redis commands under way per worker.")
     registry_refresh_s: float = Field(
-        2.0, gt=0, description="Seconds between looks for changed definitions and models."
+        1.0, gt=0, description="Seconds between looks for changed definitions and models."
     )
     max_requests: int = Field(
         0, ge=0, description="Requests after which a worker is replaced, up to a fifth more; 0: never."

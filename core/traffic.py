@@ -59,7 +59,7 @@ class Rollout:
     steps: tuple[Step, ...]
     began: tuple[datetime, ...]
     automatic: bool = True
-    limits: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         percents = [step.percent for step in self.steps]
@@ -177,10 +177,10 @@ def started(traffic: Traffic, rollout: Rollout, *, name: str) -> Traffic:
     return Traffic({**traffic.aliases, CHALLENGER: rollout.version}, rollout)
 
 
-def advanced(traffic: Traffic, seen: Rollout, now: datetime, *, name: str) -> Traffic:
+def advanced(traffic: Traffic, seen: Rollout | None, now: datetime, *, name: str) -> Traffic:
     """The rollout's next step is under way; past the last one its version is champion (a shadow just ends).
 
-    ``seen`` is the rollout as the caller knows it. Raises Conflict where it is another or at another step.
+    Raises Conflict where there is none, or, with ``seen``, where it is another or at another step.
     """
     rollout = _expect(traffic, seen, name)
     if not rollout.is_last_step:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
 from hashlib import sha256
 
 from serving.problems import AccessDenied
 
 
 class AccessPolicy:
-    """Lets a request through when its bearer key is one of ``keys``."""
+    """Lets a request through when its bearer key is one of ``keys``, which ``setting`` lists."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [sha256(key.encode()).digest() for key in keys]
+    setting = "BANQUET_API_KEYS"
+
+    def __init__(self, keys: str) -> None:
+        """``keys`` are separated by commas."""
+        given = (key.strip() for key in keys.split(","))
+        self._digests = [sha256(key.encode()).digest() for key in given if key]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether any key is configured."""
+        return bool(self._digests)
 
     def check(self, authorization: bytes | None) -> None:
         """Raise AccessDenied unless ``authorization`` is ``Bearer <key>`` with a configured key."""
@@ -27,5 +35,5 @@ class AccessPolicy:
                 return
         raise AccessDenied(
             "The request carries no valid key." if authorization else "The request carries no key.",
-            hint="Send the header `Authorization: Bearer <key>` with one of BANQUET_API_KEYS.",
+            hint=f"Send the header `Authorization: Bearer <key>` with one of {self.setting}.",
         )

@@ -151,6 +151,111 @@ PREDICT_WITH: dict[str, Any] = with_path(
     "name",
 )
 
+PREDICT_WITH_VERSION: dict[str, Any] = with_path(
+    {
+        **PREDICT,
+        "operationId": "predict_with_version",
+        "summary": "Predict by entity ID with one version of a model",
+        "description": "Any version that an alias points to; no rollout has a say.",
+    },
+    "name",
+    "version",
+)
+
+_SIGNED: dict[str, Any] = {
+    "why": {"type": "string", "description": "Kept in the history."},
+    "who": {"type": "string", "description": "Kept in the history."},
+}
+
+
+def _admin(
+    operation: str,
+    summary: str,
+    *path: str,
+    properties: dict[str, Any] | None = None,
+    example: dict[str, Any] | None = None,
+    description: str = "Answers with the entry of the model's history.",
+) -> dict[str, Any]:
+    """A route of the admin API; with ``properties`` it has a body."""
+    docs: dict[str, Any] = {
+        "operationId": f"admin_{operation}",
+        "summary": summary,
+        "description": description,
+        "tags": ["admin"],
+        "responses": {
+            "200": {"description": "Done."},
+            "401": _PROBLEM,
+            "403": _PROBLEM,
+            "404": _PROBLEM,
+            "409": _PROBLEM,
+            "422": _PROBLEM,
+        },
+    }
+    if properties is not None:
+        schema = {"type": "object", "additionalProperties": False, "properties": properties}
+        docs["requestBody"] = {"content": {"application/json": {"schema": schema, "example": example or {}}}}
+    return with_path(docs, *path)
+
+
+ADMIN_MODELS = _admin("models", "Aliases, versions and rollouts", description="As this worker has them.")
+ADMIN_PROMOTE = _admin(
+    "promote",
+    "Make a version champion",
+    "name",
+    properties={"version": {"type": "integer", "description": "Default: the challenger."}, **_SIGNED},
+    example={"version": 4, "why": "better on the last month"},
+)
+ADMIN_ROLLBACK = _admin(
+    "rollback",
+    "Bring the previous champion back",
+    "name",
+    properties=_SIGNED,
+    example={"why": "complaints since noon"},
+)
+ADMIN_ROLLOUT = _admin(
+    "rollout",
+    "The rollout under way",
+    "name",
+    description="What was seen of both versions, and what the judge says.",
+)
+ADMIN_START = _admin(
+    "start_rollout",
+    "Put a version on trial",
+    "name",
+    properties={
+        "kind": {"enum": ["canary", "shadow"], "default": "canary"},
+        "version": {"type": "integer", "description": "Default: the challenger."},
+        "steps": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["percent"],
+                "properties": {
+                    "percent": {"type": "number"},
+                    "min_seconds": {"type": "number", "default": 300},
+                    "min_rows": {"type": "integer", "default": 1000},
+                },
+            },
+        },
+        "automatic": {"type": "boolean", "default": True},
+        "limits": {"type": "object", "description": "The judge's, where they are not its defaults."},
+        **_SIGNED,
+    },
+    example={"kind": "canary", "version": 4, "steps": [{"percent": 5}, {"percent": 100}]},
+)
+ADMIN_ADVANCE = _admin(
+    "advance_rollout", "Take the next step", "name", properties=_SIGNED, example={"why": "seen enough"}
+)
+ADMIN_ABORT = _admin(
+    "abort_rollout", "Give all traffic to the champion", "name", properties=_SIGNED, example={"why": "slow"}
+)
+ADMIN_RELOAD = _admin(
+    "reload",
+    "Look for changes now",
+    properties={},
+    description="Definitions and models, in the worker that answers; the others look within a second.",
+)
+
 ONLINE_FEATURES: dict[str, Any] = {
     "operationId": "get_online_features",
     "summary": "Read online features",

@@ -24,9 +24,10 @@ from core.redis_connection import HashReader
 from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings
-from serving import api_docs, inference
+from serving import admin, api_docs, inference
 from serving.access import AccessPolicy
 from serving.catalog import Catalog
+from serving.conductor import Conductor
 from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send
 from serving.features import OnlineFeaturesEndpoint
 from serving.memory import MemoryWatch
@@ -78,9 +79,16 @@ def create_app(
     """
     metrics = RequestMetrics()
     memory = MemoryWatch(metrics, slot, settings.memory_limit_mb * 1_000_000, recycle)
-    access = AccessPolicy([key.strip() for key in settings.api_keys.split(",") if key.strip()])
-    gateway = Gateway(max_body_bytes=settings.max_body_bytes, access=access, metrics=metrics)
+    gateway = Gateway(
+        max_body_bytes=settings.max_body_bytes, access=AccessPolicy(settings.api_keys), metrics=metrics
+    )
+    admin_gateway = Gateway(
+        max_body_bytes=settings.max_body_bytes,
+        access=admin.AdminPolicy(settings.admin_keys),
+        metrics=metrics,
+    )
     catalog = Catalog(repository, registry, connection, settings, metrics)
+    conductor = Conductor(catalog, registry, repository.redis, repository.project)
     writer = FeatureWriter(repository, metrics)
 
     @asynccontextmanager
@@ -91,12 +99,14 @@ def create_app(
             # Not a reason to die: the connection keeps trying, and /readyz says why it is not ready.
             log.warning("%s", exc)
         await catalog.start()
+        await conductor.start()
         _spare_the_collector()
         watch = asyncio.create_task(memory.run())
         try:
             yield
         finally:
             watch.cancel()
+            await conductor.stop()
             await catalog.stop()
             await writer.close()
             await connection.close()
@@ -114,10 +124,15 @@ def create_app(
     write_online = WriteOnlineEndpoint(catalog, writer)
 
     def route(
-        path: str, make: Callable[..., Endpoint], docs: dict[str, Any], *, method: str = "POST"
+        path: str,
+        make: Callable[..., Endpoint],
+        docs: dict[str, Any],
+        *,
+        method: str = "POST",
+        through: Gateway = gateway,
     ) -> None:
         async def answer(request: Request) -> Response:
-            return _Answer(gateway, path, make(**request.path_params))
+            return _Answer(through, path, make(**request.path_params))
 
         app.add_api_route(path, answer, methods=[method], name=docs["operationId"], openapi_extra=docs)
 
@@ -133,7 +148,12 @@ def create_app(
         )
 
     route("/predict", lambda: predict, api_docs.PREDICT)
-    route("/models/{name}/predict", lambda name: PredictEndpoint(catalog, name), api_docs.PREDICT_WITH)
+    route("/models/{name}/predict", partial(PredictEndpoint, catalog), api_docs.PREDICT_WITH)
+    route(
+        "/models/{name}/versions/{version}/predict",
+        partial(PredictEndpoint, catalog),
+        api_docs.PREDICT_WITH_VERSION,
+    )
     route("/get-online-features", lambda: features, api_docs.ONLINE_FEATURES)
     route("/push", lambda: push, api_docs.PUSH)
     route("/write-to-online-store", lambda: write_online, api_docs.WRITE_ONLINE)
@@ -144,6 +164,19 @@ def create_app(
     model_route("", partial(inference.ModelMetadata, catalog), api_docs.V2_MODEL, method="GET")
     model_route("/ready", partial(inference.ModelReady, catalog), api_docs.V2_MODEL_READY, method="GET")
     model_route("/infer", partial(inference.Infer, catalog), api_docs.V2_INFER, method="POST")
+
+    acts = admin.Admin(registry, catalog, conductor)
+    for method, path, make, docs in (
+        ("GET", "/models", admin.Models, api_docs.ADMIN_MODELS),
+        ("POST", "/models/{name}/promote", admin.Promote, api_docs.ADMIN_PROMOTE),
+        ("POST", "/models/{name}/rollback", admin.Rollback, api_docs.ADMIN_ROLLBACK),
+        ("GET", "/models/{name}/rollout", admin.RolloutStatus, api_docs.ADMIN_ROLLOUT),
+        ("POST", "/models/{name}/rollout", admin.StartRollout, api_docs.ADMIN_START),
+        ("POST", "/models/{name}/rollout/advance", admin.AdvanceRollout, api_docs.ADMIN_ADVANCE),
+        ("POST", "/models/{name}/rollout/abort", admin.AbortRollout, api_docs.ADMIN_ABORT),
+        ("POST", "/reload", admin.Reload, api_docs.ADMIN_RELOAD),
+    ):
+        route(f"/admin{path}", partial(make, acts), docs, method=method, through=admin_gateway)
 
     @app.get("/livez", tags=["operations"], summary="Whether the process answers")
     async def livez() -> dict[str, str]:
@@ -168,9 +201,18 @@ def create_app(
             "status": "ok",
             "project": repository.project,
             "models": {
-                name: {"version": served.version, "form": served.model.manifest.compiled.form}
-                for name, served in sorted(catalog.models.items())
+                name: {
+                    "version": deployment.served.version,
+                    "form": deployment.served.model.manifest.compiled.form,
+                    "aliases": deployment.aliases,
+                    "rollout": deployment.rollout_text,
+                }
+                for name, deployment in sorted(catalog.deployments.items())
             },
+            "refused": [
+                {"model": name, "version": number, "code": error.code}
+                for (name, number), error in sorted(catalog.refused.items(), key=lambda item: item[0])
+            ],
         }
 
     @app.get("/metrics", tags=["operations"], summary="Prometheus metrics", include_in_schema=False)
@@ -204,7 +246,8 @@ def create_app(
         gateway,
         {"/predict": predict, "/get-online-features": features},
         {
-            "/models/{name}/predict": lambda name: PredictEndpoint(catalog, name),
+            "/models/{name}/predict": partial(PredictEndpoint, catalog),
+            "/models/{name}/versions/{version}/predict": partial(PredictEndpoint, catalog),
             "/v2/models/{name}/infer": partial(inference.Infer, catalog),
             "/v2/models/{name}/versions/{version}/infer": partial(inference.Infer, catalog),
         },

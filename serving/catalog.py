@@ -1,7 +1,8 @@
 """What one worker serves: feature definitions, plans and models, kept current in the background.
 
 A request only ever looks things up here. A refresh that fails keeps what was there, is logged and
-counted; a model version that fails its checks never replaces the one that serves.
+counted; a model version that fails its checks never replaces the one that serves. Every version that an alias
+points to is loaded, so that moving traffic between them, forward or back, loads nothing.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from core.errors import BanquetError, InvalidRepository, ModelNotFound, ModelNotReady
+from core.errors import BanquetError, InvalidRepository, ModelNotFound, ModelNotReady, Unavailable
 from core.model import LoadedModel
+from core.observed import PROBABILITY_EDGES, value_edges
 from core.online import FeaturePlan, OnlineReader
 from core.redis_connection import HashReader
-from core.registry import ModelRegistry
+from core.registry import CHAMPION, Change, ModelRegistry
 from core.repository import Definitions, FeastRepository
 from core.settings import Settings
+from core.traffic import Rollout
+from serving.deployment import Canary, Deployment, Pinned, Shadow
 from serving.metrics import RequestMetrics
 from serving.predictor import ServedFeatures, ServedModel
+from serving.trials import TrialRecorder
 
 log = logging.getLogger("banquet.serving")
 
-CHAMPION = "champion"
 _MAX_PLANS = 512
 
 
@@ -48,8 +52,10 @@ class Catalog:
         self._definitions: Definitions | None = None
         self._fingerprint: object = None
         self._features: OrderedDict[str | tuple[str, ...], ServedFeatures] = OrderedDict()
-        self._models: dict[str, ServedModel] = {}
+        self._deployments: dict[str, Deployment] = {}
+        self._seen: dict[str, Change] = {}
         self._refused: dict[tuple[str, int], BanquetError] = {}
+        self._recorders: dict[str, TrialRecorder] = {}
         self._failure: BanquetError | None = None
         self._task: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
@@ -64,6 +70,8 @@ class Catalog:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        for name in list(self._deployments):
+            self._withdraw(name)
 
     @property
     def definitions(self) -> Definitions:
@@ -102,53 +110,73 @@ class Catalog:
                 self._features.popitem(last=False)
         return served
 
-    def model(self, name: str | None = None, version: int | None = None) -> ServedModel:
-        """The champion of that name; without a name the default model.
+    def target(self, reference: str | None = None, version: int | None = None) -> Deployment | Pinned:
+        """Who answers a request for ``name`` (its champion, and whoever is on trial), or ``name@alias``.
+
+        With ``version`` that version alone; without a reference the default model.
 
         Raises:
-            ModelNotFound: there is no such model, or a name is needed to choose one.
+            ModelNotFound: there is no such model, alias or version, or a name is needed to choose one.
             ModelNotReady: its champion has not passed its checks.
         """
-        name = name or self._default()
-        served = self._models.get(name)
-        if served is None:
+        name, _, alias = (reference or self._default()).partition("@")
+        deployment = self._deployments.get(name)
+        if deployment is None:
             refused = next((error for (model, _), error in self._refused.items() if model == name), None)
             if refused is not None:
                 raise ModelNotReady(f"Model {name!r} failed its checks: {refused.message}", hint=refused.hint)
-            known = ", ".join(sorted(self._models)) or "none; register one with `banquet train`"
+            known = ", ".join(sorted(self._deployments)) or "none; register one with `banquet train`"
             raise ModelNotFound(f"There is no model {name!r}.", hint=f"Models: {known}.", model=name)
-        if version is not None and version != served.version:
+        if not alias and version is None:
+            return deployment
+        aliases = deployment.aliases
+        if alias:
+            if alias not in aliases:
+                raise ModelNotFound(
+                    f"Model {name!r} has no alias {alias!r} here.",
+                    hint=f"Its aliases: {', '.join(sorted(aliases))}.",
+                    model=name,
+                )
+            version = aliases[alias]
+        pinned = deployment.pinned(version) if version is not None else None
+        if pinned is None:
+            shown = ", ".join(f"{number} ({alias})" for alias, number in sorted(aliases.items()))
             raise ModelNotFound(
                 f"Model {name!r} does not serve version {version}.",
-                hint=f"It serves version {served.version}.",
+                hint=f"It serves {shown}; give a version an alias with `banquet models alias`.",
                 model=name,
                 version=version,
             )
-        return served
+        return pinned
 
     @property
-    def models(self) -> Mapping[str, ServedModel]:
-        """The champions that serve, by name."""
-        return self._models
+    def deployments(self) -> Mapping[str, Deployment]:
+        """What serves, by model."""
+        return self._deployments
+
+    @property
+    def refused(self) -> Mapping[tuple[str, int], BanquetError]:
+        """The versions that an alias points to and that must not serve, with the reason."""
+        return self._refused
 
     async def check_ready(self) -> None:
         """Raise what stands between this worker and a prediction, if anything."""
         await self._connection.ping()
         _ = self.definitions
-        if not self._settings.features_only and (self._settings.default_model or not self._models):
-            self.model()
+        if not self._settings.features_only and (self._settings.default_model or not self._deployments):
+            self.target()
 
     def _default(self) -> str:
         if self._settings.default_model:
             return self._settings.default_model
-        if len(self._models) == 1:
-            return next(iter(self._models))
-        if not self._models and len({model for model, _ in self._refused}) == 1:
+        if len(self._deployments) == 1:
+            return next(iter(self._deployments))
+        if not self._deployments and len({model for model, _ in self._refused}) == 1:
             return next(model for model, _ in self._refused)
-        if not self._models:
+        if not self._deployments:
             raise ModelNotReady("No model has a champion yet.", hint="Register one with `banquet train`.")
         raise ModelNotFound(
-            f"This server has several models: {', '.join(sorted(self._models))}.",
+            f"This server has several models: {', '.join(sorted(self._deployments))}.",
             hint="Use POST /models/<name>/predict, or set BANQUET_DEFAULT_MODEL.",
         )
 
@@ -161,6 +189,11 @@ class Catalog:
         """Look for changed definitions now; a failure keeps the old ones, is logged and counted."""
         async with self._refreshing:
             await self._try_definitions()
+
+    async def refresh_models(self) -> None:
+        """Look for changed aliases and rollouts now; a failure keeps the old state, is logged and counted."""
+        async with self._refreshing:
+            await self._try_models()
 
     async def _refresh(self) -> None:
         async with self._refreshing:
@@ -206,35 +239,141 @@ class Catalog:
         self._definitions, self._fingerprint = definitions, fingerprint
         self._features.clear()
         self._refused.clear()
-        for name, served in list(self._models.items()):
-            await self._load(name, served.version)
+        for name, change in list(self._seen.items()):
+            await self._deploy(name, change, {})
 
     async def _refresh_models(self) -> None:
-        champions = await asyncio.to_thread(self._champions)
-        for name in set(self._models) - set(champions):
-            del self._models[name]
-        for name, version in champions.items():
-            served = self._models.get(name)
-            if (served is None or served.version != version) and (name, version) not in self._refused:
-                await self._load(name, version)
+        changes = await asyncio.to_thread(self._changes)
+        for name in self._deployments.keys() - changes.keys():
+            self._withdraw(name)
+        for name in self._seen.keys() - changes.keys():
+            del self._seen[name]
+        for name, change in changes.items():
+            if self._seen.get(name) != change:
+                current = self._deployments.get(name)
+                await self._deploy(name, change, current.versions if current else {})
 
-    def _champions(self) -> dict[str, int]:
+    def _changes(self) -> dict[str, Change]:
+        """The state of each model that has a champion."""
         found = {}
         for name in self._registry.models():
-            version = self._registry.aliases(name).get(CHAMPION)
-            if version is not None:
-                found[name] = version
+            change = self._registry.latest(name, self._seen.get(name))
+            if change is not None and CHAMPION in change.aliases:
+                found[name] = change
         return found
 
-    async def _load(self, name: str, version: int) -> None:
+    async def _deploy(self, name: str, change: Change, loaded: Mapping[int, ServedModel]) -> None:
+        """Load what the state names and ``loaded`` lacks, the champion first, which serves at once."""
+        wanted = set(change.aliases.values())
+        versions = {number: served for number, served in loaded.items() if number in wanted}
+        first = change.aliases[CHAMPION]
+        for number in (first, *sorted(wanted - {first})):
+            if number not in versions:
+                served = await self._load(name, number)
+                if served is not None:
+                    versions[number] = served
+            if number == first:
+                self._install(name, change, versions)
+        self._install(name, change, versions)
+        kept = {(name, number) for number in wanted}
+        for key in [key for key in self._refused if key[0] == name and key not in kept]:
+            del self._refused[key]
+        self._metrics.refused(name, [number for model, number in self._refused if model == name])
+        self._seen[name] = change
+
+    def _install(self, name: str, change: Change, versions: Mapping[int, ServedModel]) -> None:
+        current = self._deployments.get(name)
+        champion = versions.get(change.aliases[CHAMPION])
+        if champion is None and current is not None:
+            champion = current.served
+        if champion is None:
+            return
+        everyone = {**versions, champion.version: champion}
+        trial = self._trial(name, change.rollout, champion, everyone, current)
+        deployment = Deployment(change, champion, everyone, trial)
+        self._deployments[name] = deployment
+        if current is not None and current.trial is not None and current.trial is not trial:
+            current.trial.close()
+        if current is None or current.served is not champion:
+            form = champion.model.manifest.compiled.form
+            log.info("model %s version %d serves (%s)", name, champion.version, form)
+        self._metrics.serving(name, deployment.aliases)
+
+    def _trial(
+        self,
+        name: str,
+        rollout: Rollout | None,
+        champion: ServedModel,
+        versions: Mapping[int, ServedModel],
+        current: Deployment | None,
+    ) -> Canary | Shadow | None:
+        """The trial that the state asks for, if both of its versions serve; the present one if it is that."""
+        challenger = versions.get(rollout.version) if rollout is not None else None
+        if rollout is None or challenger is None or champion.version != rollout.champion:
+            return None
+        trial = current.trial if current is not None else None
+        if (
+            trial is not None
+            and trial.rollout == rollout
+            and (trial.champion, trial.challenger) == (champion, challenger)
+        ):
+            return trial
+        recorder = self._recorder(name, rollout, champion)
+        if rollout.kind == "canary":
+            return Canary(rollout, champion, challenger, recorder)
+        return Shadow(rollout, champion, challenger, recorder, self._metrics)
+
+    def _recorder(self, name: str, rollout: Rollout, champion: ServedModel) -> TrialRecorder:
+        """What notes the rollout's statistics, at its present step."""
+        recorder = self._recorders.get(rollout.id)
+        if recorder is None:
+            manifest = champion.model.manifest
+            edges: Sequence[float] = PROBABILITY_EDGES
+            if manifest.task == "regression":
+                edges = value_edges([float(row.prediction or 0) for row in manifest.golden])
+            recorder = self._recorders[rollout.id] = TrialRecorder(
+                self._repository.redis,
+                self.project,
+                name,
+                rollout.id,
+                classes=manifest.classes,
+                score_edges=edges,
+                step=rollout.position,
+            )
+        recorder.begin(rollout.position)
+        return recorder
+
+    def ended_recorders(self) -> list[TrialRecorder]:
+        """The recorders of rollouts that have ended, which are the caller's to flush and close."""
+        live = {
+            deployment.change.rollout.id
+            for deployment in self._deployments.values()
+            if deployment.change.rollout is not None
+        }
+        return [self._recorders.pop(trial) for trial in list(self._recorders) if trial not in live]
+
+    def _withdraw(self, name: str) -> None:
+        trial = self._deployments.pop(name).trial
+        if trial is not None:
+            trial.close()
+
+    async def _load(self, name: str, version: int) -> ServedModel | None:
+        """A version that has passed its checks; None where it must not serve.
+
+        Raises Unavailable where the registry does not answer: the state is looked at again.
+        """
+        if (name, version) in self._refused:
+            return None
         try:
             model, plan = await asyncio.to_thread(self._load_checked, name, version)
+        except Unavailable:
+            raise
         except BanquetError as exc:
             self._refused[name, version] = exc
             self._metrics.refresh_failed("models")
             log.error("model %s version %d does not serve (%s): %s", name, version, exc.code, exc)
-            return
-        self._models[name] = ServedModel(
+            return None
+        return ServedModel(
             model,
             plan,
             self.reader,
@@ -242,8 +381,6 @@ class Catalog:
             max_entities=self._settings.max_entities,
             slice_rows=self._settings.slice_rows,
         )
-        self._metrics.serving(name, CHAMPION, version)
-        log.info("model %s version %d serves (%s)", name, version, model.manifest.compiled.form)
 
     def _load_checked(self, name: str, version: int) -> tuple[LoadedModel, FeaturePlan]:
         manifest = self._registry.manifest(name, version)

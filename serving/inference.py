@@ -6,6 +6,7 @@ module answers as MLServer does. docs/inference-protocol.md has the tensors and 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import math
@@ -23,7 +24,9 @@ from core.types import Dtype, FeatureStatus
 from serving import bodies
 from serving.batching import Columns
 from serving.catalog import Catalog
-from serving.predictor import Answer, ServedModel
+from serving.deployment import Deployment, Pinned, Share, pick
+from serving.predictions import version_number
+from serving.predictor import Answer
 from serving.problems import MalformedBody, NotReady, row_error
 
 _FIELDS = ("id", "parameters", "inputs", "outputs")
@@ -85,7 +88,7 @@ class ModelReady:
 
     async def __call__(self, body: bytes, request_id: str) -> bytes:  # noqa: ARG002 — the signature of endpoints
         try:
-            served = _served(self._catalog, self._name, self._version)
+            served = _target(self._catalog, self._name, self._version).served
         except ModelNotFound:
             raise
         except BanquetError as exc:
@@ -102,12 +105,13 @@ class ModelMetadata:
         self._version = version
 
     async def __call__(self, body: bytes, request_id: str) -> bytes:  # noqa: ARG002 — the signature of endpoints
-        served = _served(self._catalog, self._name, self._version)
+        target = _target(self._catalog, self._name, self._version)
+        served = target.served
         manifest = served.model.manifest
         return orjson.dumps(
             {
                 "name": served.name,
-                "versions": [str(served.version)],
+                "versions": [str(number) for number in target.numbers],
                 "platform": _PLATFORMS[manifest.compiled.form],
                 "inputs": [
                     {"name": name, "datatype": _accepted(dtype)[0], "shape": [-1, 1]}
@@ -130,7 +134,8 @@ class Infer:
         self._version = version
 
     async def __call__(self, body: bytes, request_id: str) -> bytes:
-        served = _served(self._catalog, self._name, self._version)
+        target = _target(self._catalog, self._name, self._version)
+        served = target.served
         try:
             request = bodies.parse(body)
         except MalformedBody as exc:
@@ -147,14 +152,20 @@ class Infer:
         def encode(answer: Answer, _: Columns) -> list[list[Any]]:
             return [column(answer) for _, column in outputs.values()]
 
-        slices = await served.predict(columns, rows, encode)
-        data = [list(chain.from_iterable(parts)) for parts in zip(*slices, strict=True)]
+        shares = target.shares(columns, rows)
+        served = shares[0].served
+        parameters: dict[str, Any] = {"variant": shares[0].variant}
+        if shares[0].rows is None:
+            data = _joined(await shares[0].predict(columns, rows, encode, identity))
+        else:
+            data = await _mixed(shares, columns, rows, encode, identity)
+            parameters |= {f"{share.variant}_rows": share.rows for share in shares[1:]}
         return orjson.dumps(
             {
                 "model_name": served.name,
                 "model_version": str(served.version),
                 "id": identity,
-                "parameters": {"variant": "champion"},
+                "parameters": parameters,
                 "outputs": [
                     {
                         "name": name,
@@ -169,12 +180,36 @@ class Infer:
         )
 
 
-def _served(catalog: Catalog, name: str, version: str | None) -> ServedModel:
-    if version is None:
-        return catalog.model(name)
-    if not version.isdecimal() or not version.isascii() or len(version) > 9:
-        raise ModelNotFound(f"Model {name!r} has no version {version!r}.", hint="Versions are integers.")
-    return catalog.model(name, int(version))
+def _target(catalog: Catalog, name: str, version: str | None) -> Deployment | Pinned:
+    return catalog.target(name, version_number(version, name))
+
+
+def _joined(slices: Sequence[list[list[Any]]]) -> list[list[Any]]:
+    """The columns of all slices of a request."""
+    return [list(chain.from_iterable(parts)) for parts in zip(*slices, strict=True)]
+
+
+async def _mixed(
+    shares: Sequence[Share],
+    columns: Columns,
+    rows: int,
+    encode: Callable[[Answer, Columns], list[list[Any]]],
+    identity: str,
+) -> list[list[Any]]:
+    """The output columns of several versions' rows, in the order of the request."""
+
+    async def one(share: Share) -> tuple[list[int], list[list[Any]]]:
+        assert share.rows is not None
+        found = await share.predict(pick(columns, share.rows), len(share.rows), encode, identity)
+        return share.rows, _joined(found)
+
+    parts = await asyncio.gather(*map(one, shares))
+    data: list[list[Any]] = [[None] * rows for _ in parts[0][1]]
+    for places, found in parts:
+        for column, values in zip(data, found, strict=True):
+            for place, value in zip(places, values, strict=True):
+                column[place] = value
+    return data
 
 
 # Inputs

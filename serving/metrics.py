@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -62,6 +63,20 @@ class RequestMetrics:
             registry=self.registry,
             multiprocess_mode="livemostrecent",
         )
+        self._refused = Gauge(
+            "banquet_model_versions_refused",
+            "Versions that an alias points to and that failed their checks.",
+            ["model"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self._dropped = Counter(
+            "banquet_shadow_dropped_rows",
+            "Rows that a shadow had no time for.",
+            ["model"],
+            registry=self.registry,
+        )
+        self._aliases: dict[str, dict[str, int]] = {}
         self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._row_children: dict[tuple[str, int], Counter] = {}
         self._status_children: dict[tuple[str, str], Counter] = {}
@@ -98,9 +113,21 @@ class RequestMetrics:
         """Count a background refresh that failed."""
         self._refresh_failures.labels(what).inc()
 
-    def serving(self, model: str, alias: str, version: int) -> None:
-        """Record which version an alias serves."""
-        self._versions.labels(model, alias).set(version)
+    def serving(self, model: str, aliases: Mapping[str, int]) -> None:
+        """Record which versions the aliases of a model serve."""
+        for alias in self._aliases.get(model, {}).keys() - aliases.keys():
+            self._versions.remove(model, alias)
+        for alias, version in aliases.items():
+            self._versions.labels(model, alias).set(version)
+        self._aliases[model] = dict(aliases)
+
+    def refused(self, model: str, versions: Collection[int]) -> None:
+        """Record how many versions that an alias points to have failed their checks: alert above 0."""
+        self._refused.labels(model).set(len(versions))
+
+    def dropped(self, model: str, rows: int) -> None:
+        """Count rows that a shadow had no time for."""
+        self._dropped.labels(model).inc(rows)
 
     def memory(self, worker: int, resident_bytes: int) -> None:
         """Record the resident memory of the worker in this slot."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import orjson
 
+from core.errors import ModelNotFound
 from core.types import FeatureStatus
 from serving import bodies
 from serving.batching import Columns
 from serving.catalog import Catalog
+from serving.deployment import Share, pick
 from serving.predictor import Answer, ServedModel
 from serving.problems import row_error
 
@@ -18,33 +23,70 @@ _FIELDS = ("entities", "explain")
 
 
 class PredictEndpoint:
-    """Predicts with one model, or with the server's default model when ``model`` is None."""
+    """Predicts with a model (``name`` or ``name@alias``), or with the default model when it is None."""
 
-    def __init__(self, catalog: Catalog, model: str | None = None) -> None:
+    def __init__(self, catalog: Catalog, name: str | None = None, version: str | None = None) -> None:
         self._catalog = catalog
-        self._model = model
+        self._name = name
+        self._version = version
 
     async def __call__(self, body: bytes, request_id: str) -> bytes:
-        served = self._catalog.model(self._model)
+        target = self._catalog.target(self._name, version_number(self._version, self._name))
         request = bodies.parse(body)
         bodies.check_fields(request, _FIELDS)
-        columns, rows = served.entities.columns(request.get("entities"))
+        columns, rows = target.served.entities.columns(request.get("entities"))
         explain = bodies.flag(request, "explain")
+        shares = target.shares(columns, rows)
+        share = shares[0]
+        if share.rows is None:
+            served = share.served
 
-        def encode(answer: Answer, columns: Columns) -> bytes:
-            return orjson.dumps(_rows(served, answer, columns, explain=explain), default=plain)
+            def encode(answer: Answer, columns: Columns) -> bytes:
+                return orjson.dumps(_rows(served, answer, columns, explain=explain), default=plain)
 
-        slices = await served.predict(columns, rows, encode)
+            slices = await share.predict(columns, rows, encode, request_id)
+            predictions = slices[0] if len(slices) == 1 else b"[%s]" % b",".join([s[1:-1] for s in slices])
+        else:
+            predictions = await _mixed(shares, columns, rows, request_id, explain=explain)
         head = {
-            "model_name": served.name,
-            "model_version": served.version,
-            "variant": "champion",
+            "model_name": share.served.name,
+            "model_version": share.served.version,
+            "variant": share.variant,
             "request_id": request_id,
-            "predictions": orjson.Fragment(
-                slices[0] if len(slices) == 1 else b"[%s]" % b",".join([part[1:-1] for part in slices])
-            ),
+            "predictions": orjson.Fragment(predictions),
         }
         return orjson.dumps(head)
+
+
+async def _mixed(
+    shares: Sequence[Share], columns: Columns, rows: int, request_id: str, *, explain: bool
+) -> bytes:
+    """The predictions of several versions in the order of the request; rows not of the first share say so."""
+
+    async def one(share: Share) -> None:
+        def encode(answer: Answer, columns: Columns) -> list[dict[str, Any]]:
+            return _rows(share.served, answer, columns, explain=explain)
+
+        assert share.rows is not None
+        slices = await share.predict(pick(columns, share.rows), len(share.rows), encode, request_id)
+        other = (
+            {} if share is shares[0] else {"model_version": share.served.version, "variant": share.variant}
+        )
+        for place, row in zip(share.rows, chain.from_iterable(slices), strict=True):
+            predictions[place] = row | other
+
+    predictions: list[dict[str, Any]] = [{}] * rows
+    await asyncio.gather(*map(one, shares))
+    return orjson.dumps(predictions, default=plain)
+
+
+def version_number(text: str | None, model: str | None) -> int | None:
+    """The version that a path names; raises ModelNotFound for what cannot be one."""
+    if text is None:
+        return None
+    if not text.isdecimal() or not text.isascii() or len(text) > 9:
+        raise ModelNotFound(f"Model {model!r} has no version {text!r}.", hint="Versions are integers.")
+    return int(text)
 
 
 def plain(value: Any) -> Any:

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import Any, cast
 
 from core.entities import EntitySchema
 from core.errors import BanquetError, InvalidEntity
@@ -39,7 +37,7 @@ class Answer:
     vectors: FeatureVectors
     predictions: Sequence[Any]
     confidences: Sequence[float | None]
-    scores: Sequence[float] | NDArray[Any] | None
+    scores: Sequence[float] | None
     errors: dict[int, BanquetError]
 
     def missing(self) -> list[tuple[str, list[FeatureStatus]]]:
@@ -92,7 +90,18 @@ class VectorPredictor:
         self._seconds_per_row = 0.0
 
     async def predict(self, vectors: FeatureVectors) -> Answer:
-        """Predict every row; what is wrong with a row is in the answer's ``errors``."""
+        """``answer``, in a thread where it takes long."""
+        if vectors.rows * self._seconds_per_row > _INLINE_PREDICT_S:
+            return await asyncio.get_running_loop().run_in_executor(None, self.answer, vectors)
+        started = time.perf_counter()
+        answer = self.answer(vectors)
+        taken = (time.perf_counter() - started) / vectors.rows
+        # Forgetting slowly keeps one slow call, a garbage collection say, from moving all into threads.
+        self._seconds_per_row += 0.05 * (taken - self._seconds_per_row)
+        return answer
+
+    def answer(self, vectors: FeatureVectors) -> Answer:
+        """Predict every row; what is wrong with a row is in the answer's ``errors``. Thread-safe."""
         model = self._model
         matrix = model.matrix(vectors.values, vectors.rows)
         errors = dict(vectors.errors)
@@ -108,14 +117,7 @@ class VectorPredictor:
                     missing=statuses,
                 ),
             )
-        if vectors.rows * self._seconds_per_row > _INLINE_PREDICT_S:
-            predicted = await asyncio.get_running_loop().run_in_executor(None, model.predict, matrix)
-        else:
-            started = time.perf_counter()
-            predicted = model.predict(matrix)
-            taken = (time.perf_counter() - started) / vectors.rows
-            # Forgetting slowly keeps one slow call, a garbage collection say, from moving all into threads.
-            self._seconds_per_row += 0.05 * (taken - self._seconds_per_row)
+        predicted = model.predict(matrix)
         for row, error in predicted.errors.items():
             errors.setdefault(row, error)
         confidences = predicted.confidences
@@ -127,13 +129,13 @@ class VectorPredictor:
             errors,
         )
 
-    def _scores(self, predicted: Predictions) -> Sequence[float] | NDArray[Any] | None:
+    def _scores(self, predicted: Predictions) -> Sequence[float] | None:
         classes = self._model.manifest.classes
         if not classes:
             return predicted.labels
         if len(classes) == 2 and predicted.probabilities is not None:
-            scores: NDArray[Any] = predicted.probabilities[:, 1]
-            return scores
+            # Left an array: who wants the scores, a trial, looks at them later.
+            return cast("Sequence[float]", predicted.probabilities[:, 1])
         return predicted.confidences
 
     def count(self, answer: Answer) -> None:
@@ -167,6 +169,7 @@ class ServedModel:
         self.plan = plan
         self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
         self.predictor = VectorPredictor(model, metrics)
+        self.read = partial(reader.read, plan)
         self._batcher: ColumnBatcher[Answer] = ColumnBatcher(
             partial(_read_and_predict, reader, plan, self.predictor), slice_rows=slice_rows
         )

@@ -35,6 +35,10 @@ class AccessDenied(errors.BanquetError):
     """The request carries no valid key."""
 
 
+class AdminDisabled(errors.BanquetError):
+    """The admin API is off: no admin key is configured."""
+
+
 class RouteNotFound(errors.NotFound):
     """There is nothing at this address."""
 
@@ -55,6 +59,7 @@ STATUS: dict[type[errors.BanquetError], int] = {
     BodyTooLarge: 413,
     MethodNotAllowed: 405,
     AccessDenied: 401,
+    AdminDisabled: 403,
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.OnDemandFailed: 422,

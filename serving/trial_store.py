@@ -1,7 +1,7 @@
 """A rollout's statistics in Redis, shared by every worker and host, and the reading of them.
 
 Per trial, under ``banquet:trial:{<project>:<model>:<trial id>}``, which keeps a trial on one cluster node: a
-hash of counts per variant and time slot, an index of these, what the shadow comparison found, a capped stream
+hash of counts per variant and step of the rollout, what the shadow comparison found, a capped stream
 of disagreements, a sample of predictions per variant that waits for labels, and a hash of each worker's last
 batch. All expire some time after the last write. `banquet clean` leaves them alone.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import orjson
@@ -22,22 +21,19 @@ from core.observed import LEAST_PROBABILITY, Moments, Observed, histogram
 
 VARIANTS = ("champion", "challenger")
 MOST_DISAGREEMENTS = 10_000
-_SLOTS_AT_ONCE = 500
+LIFETIME_SECONDS = 7 * 24 * 3600
 
-# KEYS: state, slots, compared, disagreements, then per variant counts, sample, order. ARGV: worker, batch
+# KEYS: state, compared, disagreements, then per variant counts, sample, order. ARGV: worker, batch
 # number, JSON. A batch that was added before is not added again, so that a flush may be repeated.
 _ADD = """
 local batch, number = cjson.decode(ARGV[3]), tonumber(ARGV[2])
 if number > tonumber(redis.call('HGET', KEYS[1], 'batch:' .. ARGV[1]) or '0') then
   redis.call('HSET', KEYS[1], 'batch:' .. ARGV[1], ARGV[2])
   for place, one in ipairs(batch.variants) do
-    local counts, sample, order = KEYS[2 + 3 * place], KEYS[3 + 3 * place], KEYS[4 + 3 * place]
+    local counts, sample, order = KEYS[1 + 3 * place], KEYS[2 + 3 * place], KEYS[3 + 3 * place]
     for _, pair in ipairs(one.whole) do redis.call('HINCRBY', counts, pair[1], pair[2]) end
     for _, pair in ipairs(one.sums) do redis.call('HINCRBYFLOAT', counts, pair[1], pair[2]) end
-    if #one.whole > 0 then
-      redis.call('ZADD', KEYS[2], batch.slot, batch.slot .. ':' .. one.name)
-      redis.call('EXPIRE', counts, batch.lifetime)
-    end
+    redis.call('EXPIRE', counts, batch.lifetime)
     local threshold = tonumber(redis.call('HGET', KEYS[1], 'threshold:' .. one.name) or '1')
     for _, row in ipairs(one.sample) do
       if tonumber(row[2]) < threshold then
@@ -53,15 +49,14 @@ if number > tonumber(redis.call('HGET', KEYS[1], 'batch:' .. ARGV[1]) or '0') th
     redis.call('EXPIRE', sample, batch.lifetime)
     redis.call('EXPIRE', order, batch.lifetime)
   end
-  for _, pair in ipairs(batch.compared) do redis.call('HINCRBYFLOAT', KEYS[3], pair[1], pair[2]) end
-  if batch.largest and tonumber(batch.largest) > tonumber(redis.call('HGET', KEYS[3], 'largest') or '0') then
-    redis.call('HSET', KEYS[3], 'largest', batch.largest)
+  for _, pair in ipairs(batch.compared) do redis.call('HINCRBYFLOAT', KEYS[2], pair[1], pair[2]) end
+  if batch.largest and tonumber(batch.largest) > tonumber(redis.call('HGET', KEYS[2], 'largest') or '0') then
+    redis.call('HSET', KEYS[2], 'largest', batch.largest)
   end
   for _, text in ipairs(batch.disagreements) do
-    redis.call('XADD', KEYS[4], 'MAXLEN', '~', batch.longest, '*', 'row', text)
+    redis.call('XADD', KEYS[3], 'MAXLEN', '~', batch.longest, '*', 'row', text)
   end
-  redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', batch.slot - batch.lifetime)
-  for place = 1, 4 do redis.call('EXPIRE', KEYS[place], batch.lifetime) end
+  for place = 1, 3 do redis.call('EXPIRE', KEYS[place], batch.lifetime) end
 end
 local answer = {}
 for place, one in ipairs(batch.variants) do
@@ -69,21 +64,19 @@ for place, one in ipairs(batch.variants) do
 end
 return answer
 """
-# KEYS: slots, counts, sample, order. ARGV: JSON. Only a row that is still in the sample counts.
+# KEYS: counts, sample, order. ARGV: JSON. Only a row that is still in the sample counts.
 _LABEL = """
 local given, counted = cjson.decode(ARGV[1]), 0
 for _, row in ipairs(given.rows) do
-  if redis.call('HDEL', KEYS[3], row.field) == 1 then
-    redis.call('ZREM', KEYS[4], row.field)
-    for _, pair in ipairs(row.whole) do redis.call('HINCRBY', KEYS[2], pair[1], pair[2]) end
-    for _, pair in ipairs(row.sums) do redis.call('HINCRBYFLOAT', KEYS[2], pair[1], pair[2]) end
+  if redis.call('HDEL', KEYS[2], row.field) == 1 then
+    redis.call('ZREM', KEYS[3], row.field)
+    for _, pair in ipairs(row.whole) do redis.call('HINCRBY', KEYS[1], pair[1], pair[2]) end
+    for _, pair in ipairs(row.sums) do redis.call('HINCRBYFLOAT', KEYS[1], pair[1], pair[2]) end
     counted = counted + 1
   end
 end
 if counted > 0 then
-  redis.call('ZADD', KEYS[1], given.slot, given.slot .. ':' .. given.name)
   redis.call('EXPIRE', KEYS[1], given.lifetime)
-  redis.call('EXPIRE', KEYS[2], given.lifetime)
 end
 return counted
 """
@@ -102,9 +95,9 @@ class TrialName:
         name = f"banquet:trial:{{{self.project}:{self.model}:{self.trial_id}}}"
         return ":".join((name, *map(str, parts)))
 
-    def variant_keys(self, variant: str, slot: int) -> tuple[str, str, str]:
-        """The keys of a variant's counts in a slot, its sample and the sample's order."""
-        return self.key("counts", variant, slot), self.key("sample", variant), self.key("order", variant)
+    def variant_keys(self, variant: str, step: int) -> tuple[str, str, str]:
+        """The keys of a variant's counts in a step, its sample and the sample's order."""
+        return self.key("counts", variant, step), self.key("sample", variant), self.key("order", variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +144,7 @@ class Batch:
 
     worker: str
     number: int
-    slot: int
+    step: int
     counts: Mapping[str, Observed]
     sample: Mapping[str, Sequence[Remembered]]
     compared: Comparison
@@ -166,10 +159,10 @@ def add(
     Returns, by variant, the place below which a row has to be to enter the sample.
     """
     variants = sorted({*batch.counts, *batch.sample})
-    keys = [trial.key(part) for part in ("state", "slots", "compared", "disagreements")]
+    keys = [trial.key(part) for part in ("state", "compared", "disagreements")]
     given = []
     for name in variants:
-        keys += trial.variant_keys(name, batch.slot)
+        keys += trial.variant_keys(name, batch.step)
         whole, sums = _amounts(batch.counts.get(name, Observed()))
         rows = [
             (one.field, repr(one.place), orjson.dumps((one.prediction, one.score), default=_plain).decode())
@@ -183,7 +176,6 @@ def add(
         if getattr(found, name)
     ]
     text = {
-        "slot": batch.slot,
         "lifetime": lifetime_seconds,
         "most": most_rows,
         "longest": MOST_DISAGREEMENTS,
@@ -204,7 +196,7 @@ def label(
     *,
     classes: Sequence[Any],
     edges: Sequence[float],
-    slot: int,
+    step: int,
     lifetime_seconds: int,
 ) -> int:
     """Count the labels of a request's rows, by row number, each once; returns how many were counted.
@@ -231,54 +223,61 @@ def label(
                 whole, sums = _amounts(quality)
                 rows.append({"field": field, "whole": whole, "sums": sums})
         if rows:
-            counts, sample, order = trial.variant_keys(variant, slot)
-            text = orjson.dumps({"rows": rows, "slot": slot, "lifetime": lifetime_seconds, "name": variant})
-            counted += client.eval(_LABEL, 4, trial.key("slots"), counts, sample, order, text)
+            text = orjson.dumps({"rows": rows, "lifetime": lifetime_seconds})
+            counted += client.eval(_LABEL, 3, *trial.variant_keys(variant, step), text)
     return counted
 
 
-def read_trial(
-    client: Any, project: str, model: str, trial_id: str, *, since: datetime | None = None
-) -> dict[str, Observed]:
-    """What each variant did in the slots that began at ``since`` or later; ``VARIANTS`` are always there.
+def read_trial(client: Any, trial: TrialName, step: int) -> dict[str, Observed]:
+    """What each variant did in a step of the rollout, by variant; ``VARIANTS`` are always there.
 
-    Labels are in the slot in which they came. Raises redis-py's errors: ``RedisAddress.translated``.
+    Labels are in the step in which they came. Raises redis-py's errors: ``RedisAddress.translated``.
     """
-    trial = TrialName(project, model, trial_id)
-    first: float | str = "-inf" if since is None else since.timestamp()
-    members = [member.decode() for member in client.zrangebyscore(trial.key("slots"), first, "+inf")]
-    total = {name: Observed() for name in VARIANTS}
-    for start in range(0, len(members), _SLOTS_AT_ONCE):
-        some = [member.split(":", 1) for member in members[start : start + _SLOTS_AT_ONCE]]
-        with client.pipeline(transaction=False) as pipeline:
-            for slot, variant in some:
-                pipeline.hgetall(trial.key("counts", variant, slot))
-            answers = pipeline.execute()
-        flat: dict[str, dict[str, int | float]] = {}
-        for (_, variant), cells in zip(some, answers, strict=True):
-            sums = flat.setdefault(variant, {})
-            for name, number in cells.items():
-                text = name.decode()
-                sums[text] = sums.get(text, 0) + (float(number) if _is_sum(text) else int(number))
-        for variant, sums in flat.items():
-            total[variant] = total.get(variant, Observed()) + Observed.from_counts(sums)
-    return total
+    with client.pipeline(transaction=False) as pipeline:
+        for variant in VARIANTS:
+            pipeline.hgetall(trial.key("counts", variant, step))
+        answers = pipeline.execute()
+    return {
+        variant: Observed.from_counts({name.decode(): number.decode() for name, number in cells.items()})
+        for variant, cells in zip(VARIANTS, answers, strict=True)
+    }
 
 
-def read_comparison(client: Any, project: str, model: str, trial_id: str) -> Comparison:
+def read_comparison(client: Any, trial: TrialName) -> Comparison:
     """What the shadow comparison found in the whole trial."""
-    cells = client.hgetall(TrialName(project, model, trial_id).key("compared"))
+    cells = client.hgetall(trial.key("compared"))
     found = {name.decode(): float(number) for name, number in cells.items()}
     whole = {name: round(found.get(name, 0)) for name in ("rows", "agreed", "scored")}
     return Comparison(**whole, difference=found.get("difference", 0.0), largest=found.get("largest", 0.0))
 
 
-def read_disagreements(
-    client: Any, project: str, model: str, trial_id: str, *, most: int = 100
-) -> list[dict[str, Any]]:
+def read_disagreements(client: Any, trial: TrialName, *, most: int = 100) -> list[dict[str, Any]]:
     """The latest rows on which the variants disagreed, newest first."""
-    entries = client.xrevrange(TrialName(project, model, trial_id).key("disagreements"), count=most)
+    entries = client.xrevrange(trial.key("disagreements"), count=most)
     return [orjson.loads(fields[b"row"]) for _, fields in entries]
+
+
+def take_turn(client: Any, trial: TrialName, seconds: float) -> bool:
+    """Whether the caller is the one who may judge the trial for the next ``seconds``."""
+    return bool(client.set(trial.key("turn"), "", nx=True, px=max(1, int(seconds * 900))))
+
+
+def take_look(client: Any, trial: TrialName, look: int, lifetime_seconds: int = LIFETIME_SECONDS) -> bool:
+    """Whether the caller is the first to take a planned look of the judge's."""
+    taken = bool(client.hsetnx(trial.key("looks"), look, ""))
+    client.expire(trial.key("looks"), lifetime_seconds)
+    return taken
+
+
+def keep_verdict(client: Any, trial: TrialName, look: int, verdict: Mapping[str, Any]) -> None:
+    """Keep what the judge said at a look."""
+    client.hset(trial.key("looks"), look, orjson.dumps(verdict))
+
+
+def read_verdicts(client: Any, trial: TrialName) -> dict[int, dict[str, Any]]:
+    """What the judge said at each look so far, by its number."""
+    found = client.hgetall(trial.key("looks"))
+    return {int(look): orjson.loads(text) for look, text in sorted(found.items()) if text}
 
 
 def _amounts(observed: Observed) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 import uuid
 import zlib
 from collections import deque
@@ -23,12 +22,10 @@ import numpy as np
 from core.errors import BanquetError
 from core.observed import LATENCY_EDGES_SECONDS, PROBABILITY_EDGES, Observed
 from core.redis import RedisAddress
-from serving.trial_store import Batch, Comparison, Remembered, TrialName, add, label
+from serving.trial_store import LIFETIME_SECONDS, Batch, Comparison, Remembered, TrialName, add, label
 
 logger = logging.getLogger(__name__)
 
-SLOT_SECONDS = 10
-LIFETIME_SECONDS = 7 * 24 * 3600
 SAMPLE_ROWS = 25_000
 # So many gathered numbers are counted at once where no flush comes for them.
 _FOLD_AT = 50_000
@@ -66,7 +63,7 @@ class TrialRecorder:
         classes: the model's classes, the positive one last; none for a regressor.
         score_edges: the bins of scores: PROBABILITY_EDGES for a classifier, ``value_edges`` of predictions of
             the champion for a regressor. The same for every worker of the trial.
-        slot_seconds: counts are kept apart by the time of their flush, so finely.
+        step: the step of the rollout under way; counts of steps are kept apart.
         lifetime_seconds: how long what a trial left stays after its last write.
         sample_rows: predictions per variant that wait for labels at most; an even sample of all.
     """
@@ -80,7 +77,7 @@ class TrialRecorder:
         *,
         classes: Sequence[Any] = (),
         score_edges: Sequence[float] = PROBABILITY_EDGES,
-        slot_seconds: int = SLOT_SECONDS,
+        step: int = 0,
         lifetime_seconds: int = LIFETIME_SECONDS,
         sample_rows: int = SAMPLE_ROWS,
     ) -> None:
@@ -89,7 +86,7 @@ class TrialRecorder:
         self._classes = tuple(classes)
         self._edges = tuple(score_edges)
         self._edge_array = np.array(score_edges, dtype=np.float64)
-        self._slot_seconds = slot_seconds
+        self._step = step
         self._lifetime_seconds = lifetime_seconds
         self._sample_rows = sample_rows
         self._worker = uuid.uuid4().hex
@@ -162,6 +159,14 @@ class TrialRecorder:
         self._predicted.append((variant, request_id, rows, predictions, scores))
         self._grown(len(rows))
 
+    def begin(self, step: int) -> None:
+        """What follows belongs to another step of the rollout."""
+        if step != self._step:
+            with self._counting:
+                self._count()
+                self._pack()
+                self._step = step
+
     def _grown(self, rows: int) -> None:
         self._size += rows
         if self._size > _FOLD_AT and self._counting.acquire(blocking=False):
@@ -182,7 +187,8 @@ class TrialRecorder:
         try:
             with self._counting:
                 self._count()
-            while self._unconfirmed or self._pack():
+                self._pack()
+            if self._unconfirmed:
                 with self._address.translated():
                     self._send()
             self._failing = False
@@ -209,7 +215,7 @@ class TrialRecorder:
                 labels,
                 classes=self._classes,
                 edges=self._edges,
-                slot=self._slot(),
+                step=self._step,
                 lifetime_seconds=self._lifetime_seconds,
             )
 
@@ -308,27 +314,31 @@ class TrialRecorder:
 
     # Sending
 
-    def _pack(self) -> bool:
-        """Make batches of what was counted; whether there was anything."""
-        with self._counting:
-            counts = {variant: found for variant, found in self._counts.items() if found.counts()}
-            sample = [(variant, one) for variant, kept in self._sample.items() for one in kept]
-            compared, disagreements = self._compared, list(self._disagreements)
-            self._counts, self._sample, self._compared = {}, {}, Comparison()
-            self._disagreements.clear()
-        slot = self._slot()
-        if counts or compared.rows:
-            self._number += 1
-            self._unconfirmed.append(
-                Batch(self._worker, self._number, slot, counts, {}, compared, disagreements)
-            )
+    def _pack(self) -> None:
+        """Make batches of what was counted; whoever calls holds the lock of counting."""
+        counts = {variant: found for variant, found in self._counts.items() if found.rows}
+        sample = [(variant, one) for variant, kept in self._sample.items() for one in kept]
+        if counts or self._compared.rows:
+            self._append(counts, {}, self._compared, list(self._disagreements))
         for start in range(0, len(sample), _ROWS_PER_BATCH):
             part: dict[str, list[Remembered]] = {}
             for variant, one in sample[start : start + _ROWS_PER_BATCH]:
                 part.setdefault(variant, []).append(one)
-            self._number += 1
-            self._unconfirmed.append(Batch(self._worker, self._number, slot, {}, part, Comparison(), []))
-        return bool(self._unconfirmed)
+            self._append({}, part, Comparison(), [])
+        self._counts, self._sample, self._compared = {}, {}, Comparison()
+        self._disagreements.clear()
+
+    def _append(
+        self,
+        counts: dict[str, Observed],
+        sample: dict[str, list[Remembered]],
+        compared: Comparison,
+        disagreements: list[dict[str, Any]],
+    ) -> None:
+        self._number += 1
+        self._unconfirmed.append(
+            Batch(self._worker, self._number, self._step, counts, sample, compared, disagreements)
+        )
 
     def _send(self) -> None:
         client = self._connected()
@@ -347,9 +357,6 @@ class TrialRecorder:
         if self._client is None:
             self._client = self._address.client(socket_timeout=_TIMEOUT_SECONDS)
         return self._client
-
-    def _slot(self) -> int:
-        return int(time.time()) // self._slot_seconds * self._slot_seconds
 
 
 def _taken(entries: list[Any]) -> list[Any]:

@@ -44,7 +44,7 @@ async def server(
     async def plain(request: Request) -> PlainTextResponse:
         return PlainTextResponse(b"cold " + await request.body())
 
-    gateway = Gateway(max_body_bytes=LIMIT, access=AccessPolicy([]), metrics=RequestMetrics())
+    gateway = Gateway(max_body_bytes=LIMIT, access=AccessPolicy(""), metrics=RequestMetrics())
     app = HotRoutes(Starlette(routes=[Route("/cold", plain, methods=["POST"])]), gateway, {"/echo": echo})
     config = uvicorn.Config(app, port=0, http=HotProtocol, log_level="warning", lifespan="off", **options)
     running = DrainingServer(config)

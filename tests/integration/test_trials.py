@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,16 @@ from core.errors import RedisUnavailable
 from core.judge import judge
 from core.observed import LATENCY_EDGES_SECONDS, PROBABILITY_EDGES, Observed, histogram
 from core.redis import RedisAddress
-from serving.trial_store import TrialName, read_comparison, read_disagreements, read_trial
+from serving.trial_store import (
+    TrialName,
+    keep_verdict,
+    read_comparison,
+    read_disagreements,
+    read_trial,
+    read_verdicts,
+    take_look,
+    take_turn,
+)
 from serving.trials import TrialRecorder
 from tests.support.valkey import Cluster, Valkey
 
@@ -62,9 +70,9 @@ def notes(valkey: Valkey, trial: str) -> Iterator[TrialRecorder]:
     found.close()
 
 
-def read(address: RedisAddress, trial: str, **options: Any) -> dict[str, Observed]:
+def read(address: RedisAddress, trial: str, step: int = 0) -> dict[str, Observed]:
     with address.session() as client:
-        return read_trial(client, "shop", "m", trial, **options)
+        return read_trial(client, TrialName("shop", "m", trial), step)
 
 
 def test_two_processes_at_once_add_up_exactly(valkey: Valkey, trial: str) -> None:
@@ -170,19 +178,31 @@ def test_observing_never_waits_for_redis(tmp_path: Path, trial: str) -> None:
         assert read(server.address(), trial)["champion"].rows == 120_000
 
 
-def test_a_window_begins_with_a_slot(valkey: Valkey, trial: str) -> None:
-    notes = recorder(valkey.address(), trial, slot_seconds=1)
+def test_steps_are_kept_apart(valkey: Valkey, trial: str) -> None:
+    """What was observed in a step counts there, also when it is flushed in the next."""
+    notes = recorder(valkey.address(), trial)
     notes.observe("champion", 1, 0, 0.01, [0.5])
-    notes.flush()
-    began = datetime.now(tz=UTC)
-    time.sleep(1.01 - began.microsecond / 1e6)
+    notes.begin(1)
     notes.observe("champion", 10, 0, 0.01, [0.5] * 10)
     notes.close()
     address = valkey.address()
-    assert read(address, trial)["champion"].rows == 11
-    assert read(address, trial, since=began)["champion"].rows == 10
-    nothing = read(address, trial, since=began + timedelta(hours=1))
-    assert nothing == {"champion": Observed(), "challenger": Observed()}
+    assert [read(address, trial, step)["champion"].rows for step in (0, 1, 2)] == [1, 10, 0]
+    assert read(address, trial, 2) == {"champion": Observed(), "challenger": Observed()}
+
+
+def test_one_at_a_time_judges_and_a_look_is_taken_once(valkey: Valkey, trial: str) -> None:
+    name = TrialName("shop", "m", trial)
+    with valkey.address().session() as client:
+        assert take_turn(client, name, 0.5)
+        assert not take_turn(client, name, 0.5)
+        time.sleep(0.6)
+        assert take_turn(client, name, 0.5)
+        assert take_look(client, name, 3)
+        assert not take_look(client, name, 3)
+        assert read_verdicts(client, name) == {}
+        keep_verdict(client, name, 3, {"decision": "abort"})
+        assert read_verdicts(client, name) == {3: {"decision": "abort"}}
+        assert client.ttl(name.key("looks")) > 0
 
 
 def test_everything_expires_and_a_trial_is_its_own(valkey: Valkey, trial: str) -> None:
@@ -195,10 +215,10 @@ def test_everything_expires_and_a_trial_is_its_own(valkey: Valkey, trial: str) -
     notes.close()
     with valkey.address().session() as client:
         keys = list(client.scan_iter(f"banquet:trial:{{shop:m:{trial}}}*"))
-        assert len(keys) == 7
+        assert len(keys) == 6
         assert all(0 < client.ttl(key) <= 100 for key in keys)
-        assert read_trial(client, "shop", "m", "another")["champion"] == Observed()
-        assert read_disagreements(client, "shop", "m", "another") == []
+        assert read_trial(client, TrialName("shop", "m", "another"), 0)["champion"] == Observed()
+        assert read_disagreements(client, TrialName("shop", "m", "another")) == []
 
 
 # Labels
@@ -295,8 +315,8 @@ def test_shadow_predictions_are_compared_and_disagreements_listed(
     notes.compare("r2", {"user_id": [4]}, [0.1], [0.1 + 1e-12])
     notes.flush()
     with valkey.address().session() as client:
-        found = read_comparison(client, "shop", "m", trial)
-        rows = read_disagreements(client, "shop", "m", trial)
+        found = read_comparison(client, TrialName("shop", "m", trial))
+        rows = read_disagreements(client, TrialName("shop", "m", trial))
     assert (found.rows, found.agreed, found.scored) == (4, 2, 2)
     assert (found.agreement, found.mean_difference, found.largest) == (0.5, 0.3125, 0.375)
     assert [row["entity"] for row in rows] == [{"user_id": 3}, {"user_id": 2}]
@@ -316,8 +336,8 @@ def test_disagreements_are_capped(
         notes.compare(f"r{flush}", {"user_id": range(1_000)}, [0] * 1_000, [1] * 1_000)
         notes.flush()
     with valkey.address().session() as client:
-        rows = read_disagreements(client, "shop", "m", trial, most=10_000)
-        assert read_comparison(client, "shop", "m", trial).rows == 10_000
+        rows = read_disagreements(client, TrialName("shop", "m", trial), most=10_000)
+        assert read_comparison(client, TrialName("shop", "m", trial)).rows == 10_000
     assert 100 <= len(rows) <= 400
     assert rows[0]["request_id"] == "r9"
 
@@ -332,10 +352,10 @@ def test_a_cluster_keeps_a_trial_together(tmp_path: Path, trial: str) -> None:
         assert notes.label("r1", {0: 1}) == 1
         notes.close()
         with cluster.address().session() as client:
-            found = read_trial(client, "shop", "m", trial)
+            found = read_trial(client, TrialName("shop", "m", trial), 0)
             assert (found["champion"].rows, found["challenger"].labels) == (1, 1)
-            assert read_comparison(client, "shop", "m", trial).rows == 1
-            assert len(read_disagreements(client, "shop", "m", trial)) == 1
+            assert read_comparison(client, TrialName("shop", "m", trial)).rows == 1
+            assert len(read_disagreements(client, TrialName("shop", "m", trial))) == 1
 
 
 def test_recorded_trials_are_judged(notes: TrialRecorder, valkey: Valkey, trial: str) -> None:

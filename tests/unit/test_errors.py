@@ -40,7 +40,7 @@ def test_the_nearest_class_decides_the_status() -> None:
     assert status_of(errors.ModelNotFound()) == 404
     assert status_of(errors.RedisUnavailable()) == 503
     assert status_of(errors.BanquetError()) == 500
-    assert set(STATUS.values()) == {400, 401, 404, 405, 409, 413, 415, 422, 500, 503}
+    assert set(STATUS.values()) == {400, 401, 403, 404, 405, 409, 413, 415, 422, 500, 503}
 
 
 def test_an_unexpected_exception_leaks_nothing(caplog: pytest.LogCaptureFixture) -> None:

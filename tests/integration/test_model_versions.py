@@ -1,0 +1,204 @@
+"""Several versions of a model in one server: asked for by alias or number, moved and refused as it runs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from core.manifest import MODEL_FILE, GoldenRow
+from core.model import LoadedModel
+from core.registry import CHALLENGER, CHAMPION, ModelRegistry
+from core.repository import FeastRepository
+from core.settings import Settings
+from tests.support import trials
+from tests.support.server import banquet
+from tests.support.trials import MODEL, Honest, Wrong
+
+ADMIN = {"Authorization": "Bearer admin-key"}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A server, its registry with three versions (1 the champion, 2 the opposite, 3 as 1), and a client."""
+
+    repo: FeastRepository
+    registry: ModelRegistry
+    client: httpx.Client
+
+    def predict(self, path: str = "/predict", user: int = 5) -> tuple[int, str, float]:
+        """Version, variant and probability of what is predicted for a user."""
+        answer = self.client.post(path, json={"entities": [{"user_id": user}]})
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        return told["model_version"], told["variant"], told["predictions"][0]["confidence"]
+
+    def until(self, holds: Callable[[], bool], seconds: float = 2.0) -> None:
+        """Wait as long as an alias may take to reach a server."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def repo(valkey: Any, tmp_path_factory: pytest.TempPathFactory) -> FeastRepository:
+    return trials.scene(tmp_path_factory.mktemp("versions"), valkey.address(), "versions")
+
+
+@pytest.fixture
+def scene(repo: FeastRepository, tmp_path: Path) -> Iterator[Scene]:
+    registry = ModelRegistry(str(tmp_path / "models"))
+    for estimator in (Honest(), Wrong(), Honest()):
+        trials.register_version(repo, registry, estimator)
+    registry.set_alias(MODEL, CHAMPION, 1)
+    registry.set_alias(MODEL, CHALLENGER, 2)
+    settings = Settings(registry_url=registry.url, state_dir=tmp_path, admin_keys="admin-key, other")
+    with banquet(repo.path, settings) as client:
+        yield Scene(repo, registry, client)
+
+
+def test_a_version_is_asked_for_by_name_alias_or_number(scene: Scene) -> None:
+    sure = 1 / (1 + math.exp(-abs(trials.log_odds(5))))
+    assert scene.predict() == (1, "champion", pytest.approx(sure))
+    assert scene.predict(f"/models/{MODEL}/predict") == (1, "champion", pytest.approx(sure))
+    assert scene.predict(f"/models/{MODEL}@challenger/predict") == (2, "challenger", pytest.approx(sure))
+    assert scene.predict(f"/models/{MODEL}/versions/2/predict")[:2] == (2, "challenger")
+    assert scene.predict(f"/models/{MODEL}/versions/1/predict")[:2] == (1, "champion")
+    metadata = scene.client.get(f"/v2/models/{MODEL}").json()
+    assert metadata["versions"] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (
+            "/models/scores/versions/3/predict",
+            "does not serve version 3. It serves 2 (challenger), 1 (champion)",
+        ),
+        ("/models/scores/versions/x/predict", "has no version 'x'"),
+        ("/models/scores@nobody/predict", "has no alias 'nobody' here. Its aliases: challenger, champion"),
+        ("/models/others/predict", "There is no model 'others'. Models: scores"),
+    ],
+)
+def test_what_does_not_serve_is_a_404_that_says_what_does(scene: Scene, path: str, says: str) -> None:
+    answer = scene.client.post(path, json={"entities": [{"user_id": 1}]})
+    assert answer.status_code == 404
+    assert says in answer.json()["error"]
+
+
+def test_a_promotion_and_its_rollback_reach_the_server_within_two_seconds(scene: Scene) -> None:
+    scene.registry.promote(MODEL)
+    scene.until(lambda: scene.predict()[:2] == (2, "champion"))
+    assert scene.predict(f"/models/{MODEL}@previous/predict")[:2] == (1, "previous")
+    scene.registry.rollback(MODEL)
+    scene.until(lambda: scene.predict()[:2] == (1, "champion"))
+
+
+def test_an_alias_of_its_own_loads_a_version_and_its_end_releases_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Released without the garbage collector: nothing of a served version refers to itself."""
+    loaded: dict[int, weakref.ref[LoadedModel]] = {}
+    load = LoadedModel.load.__func__  # type: ignore[attr-defined]
+
+    def watched(cls: type[LoadedModel], *arguments: Any) -> LoadedModel:
+        model: LoadedModel = load(cls, *arguments)
+        loaded[model.manifest.version] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr(LoadedModel, "load", classmethod(watched))
+    scene.registry.set_alias(MODEL, "pinned", 3)
+    scene.until(lambda: scene.client.post("/models/scores@pinned/predict", json={}).status_code != 404)
+    assert scene.predict("/models/scores@pinned/predict")[:2] == (3, "pinned")
+    gc.disable()
+    try:
+        scene.registry.set_alias(MODEL, "pinned", 1)
+        scene.until(lambda: scene.predict("/models/scores@pinned/predict")[0] == 1)
+        scene.until(lambda: loaded[3]() is None)
+    finally:
+        gc.enable()
+
+
+def test_a_champion_that_fails_its_checks_never_serves(scene: Scene, tmp_path: Path) -> None:
+    lies = (GoldenRow({"account__a": 1.0, "account__b": 0.0}, 1, (0.9, 0.1)),)
+    bad = trials.register_version(scene.repo, scene.registry, Honest(), golden=lies).version
+    scene.registry.promote(MODEL, bad)
+    scene.until(lambda: bool(scene.client.get("/health").json()["refused"]))
+    assert scene.client.get("/health").json()["refused"] == [
+        {"model": MODEL, "version": bad, "code": "golden_mismatch"}
+    ]
+    assert scene.predict()[:2] == (1, "champion")
+    assert scene.client.get("/readyz").status_code == 200
+    assert f'banquet_model_versions_refused{{model="{MODEL}"}} 1.0' in scene.client.get("/metrics").text
+
+    damaged = trials.register_version(scene.repo, scene.registry, Honest()).version
+    (tmp_path / "models" / MODEL / str(damaged) / MODEL_FILE).write_bytes(b"swapped")
+    scene.registry.promote(MODEL, damaged)
+    scene.until(lambda: scene.client.get("/health").json()["refused"][-1]["code"] == "digest_mismatch")
+    assert scene.predict()[:2] == (1, "champion")
+
+    scene.registry.promote(MODEL, 3)
+    scene.until(lambda: scene.predict()[:2] == (3, "champion"))
+
+
+def test_the_admin_api_promotes_and_rolls_back_at_once(scene: Scene) -> None:
+    def post(path: str, body: Any = None) -> httpx.Response:
+        return scene.client.post(f"/admin/models/{MODEL}/{path}", json=body or {}, headers=ADMIN)
+
+    done = post("promote", {"why": "better", "who": "ada"})
+    assert done.status_code == 200, done.text
+    assert done.json()["aliases"] == {"champion": 2, "previous": 1}
+    assert scene.predict()[:2] == (2, "champion")
+    done = post("rollback", {"why": "worse after all"})
+    assert done.json()["aliases"] == {"champion": 1, "previous": 2}
+    assert scene.predict()[:2] == (1, "champion")
+    told = [(change.action, change.who, change.why) for change in scene.registry.history(MODEL)[-2:]]
+    assert told[0] == ("promote", "ada", "better")
+    assert told[1][0::2] == ("rollback", "worse after all")
+    assert told[1][1].startswith("admin API, request ")
+    models = scene.client.get("/admin/models", headers=ADMIN).json()
+    assert models[MODEL]["aliases"] == {"champion": 1, "previous": 2}
+    assert set(models[MODEL]["versions"]) == {"1", "2"}
+    assert scene.client.post("/admin/reload", json={}, headers=ADMIN).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("promote", {"version": 1}, 409, "is the champion already"),
+        ("promote", {"version": 9}, 404, "has no version 9"),
+        ("promote", {"version": "2"}, 422, "`version` must be a positive integer"),
+        ("promote", {"versoin": 2}, 422, "Unknown field `versoin`"),
+        ("rollback", {}, 409, "has no previous champion"),
+        ("rollout/abort", {}, 409, "has no rollout under way"),
+        ("rollout/advance", {}, 409, "has no rollout under way"),
+        ("rollout", {"kind": "green"}, 422, "`kind` must be canary or shadow"),
+        ("rollout", {"steps": [50, 5]}, 422, "The steps of a rollout must grow"),
+        ("rollout", {"steps": [{"percent": "5"}]}, 422, "A step has numbers"),
+        ("rollout", {"limits": {"eror_rate": 1}}, 422, "There is no limit eror_rate"),
+        ("rollout", {"version": 1}, 409, "is the champion already"),
+    ],
+)
+def test_what_the_admin_api_refuses(scene: Scene, path: str, body: Any, status: int, says: str) -> None:
+    answer = scene.client.post(f"/admin/models/{MODEL}/{path}", json=body, headers=ADMIN)
+    assert answer.status_code == status, answer.text
+    assert says in answer.json()["error"]
+
+
+def test_the_admin_api_needs_a_key_of_its_own(scene: Scene, tmp_path: Path) -> None:
+    answer = scene.client.get("/admin/models")
+    assert (answer.status_code, answer.json()["code"]) == (401, "access_denied")
+    assert "BANQUET_ADMIN_KEYS" in answer.json()["hint"]
+    settings = Settings(registry_url=scene.registry.url, state_dir=tmp_path, api_keys="k")
+    with banquet(scene.repo.path, settings) as client:
+        answer = client.get("/admin/models", headers={"Authorization": "Bearer k"})
+        assert (answer.status_code, answer.json()["code"]) == (403, "admin_disabled")
