@@ -43,10 +43,14 @@ class ObjectStore:
             ) from exc
         return fs, root.rstrip("/")
 
+    @cached_property
+    def _protocols(self) -> set[str]:
+        protocol = self._root[0].protocol
+        return {protocol} if isinstance(protocol, str) else set(protocol)
+
     @property
     def _is_local(self) -> bool:
-        protocol = self._root[0].protocol
-        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        return "file" in self._protocols
 
     def children(self, *parts: str) -> list[str]:
         """The names of the files and folders in a folder, sorted; empty where there is none."""
@@ -69,9 +73,11 @@ class ObjectStore:
     def read(self, *parts: str) -> bytes | None:
         """The content of a file, None where there is none."""
         fs, root = self._root
+        # Else s3fs asks for the size first, and lists what begins with the name where there is no such file.
+        options = {"max_concurrency": 1} if "s3" in self._protocols else {}
         try:
             with self._available(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                content: bytes = fs.cat_file(posixpath.join(root, *parts))
+                content: bytes = fs.cat_file(posixpath.join(root, *parts), **options)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         return content
