@@ -77,20 +77,30 @@ def _training_text(report: TrainingReport) -> str:
 
 @main.group()
 def models() -> None:
-    """The model registry: list, show, promote, rollback, verify."""
+    """The model registry: its versions, and where the traffic goes."""
 
 
 @models.command("list")
 @click.pass_obj
 def list_models(ctx: Context) -> None:
     """Every model with its versions and aliases."""
+    from core.errors import CheckFailed
+
     registry = open_registry()
-    found = {name: (registry.versions(name), registry.aliases(name)) for name in registry.models()}
-    data = [{"name": n, "versions": versions, "aliases": aliases} for n, (versions, aliases) in found.items()]
+    data: list[dict[str, Any]] = []
+    for name in registry.models():
+        found: dict[str, Any] = {"name": name, "versions": registry.versions(name), "aliases": {}}
+        try:
+            found["aliases"] = registry.aliases(name)
+        except CheckFailed as error:
+            found |= {"code": error.code, "detail": str(error)}
+        data.append(found)
+    width = max((len(found["name"]) for found in data), default=0)
     lines = []
-    for name, (versions, aliases) in found.items():
-        shown = ", ".join(f"{alias}: {version}" for alias, version in aliases.items())
-        lines.append(f"{name}  {len(versions)} version{'s' if len(versions) > 1 else ''}  {shown}")
+    for found in data:
+        count = len(found["versions"])
+        shown = found.get("detail") or _aliases_text(found["aliases"]) or "no alias"
+        lines.append(f"{found['name']:<{width}}  {count:>3} version{'s' if count > 1 else ' '}  {shown}")
     ctx.report(data, "\n".join(lines) or f"No models in {registry.url}.")
 
 
@@ -98,7 +108,7 @@ def list_models(ctx: Context) -> None:
 @click.argument("reference")
 @click.pass_obj
 def show(ctx: Context, reference: str) -> None:
-    """The manifest of a version: models:/NAME@ALIAS or models:/NAME/VERSION."""
+    """The manifest of a version: NAME@ALIAS, NAME/VERSION or NAME (its champion)."""
     import json
 
     registry = open_registry()
@@ -110,7 +120,7 @@ def show(ctx: Context, reference: str) -> None:
 
 @models.command()
 @click.argument("name")
-@click.option("--version", type=click.IntRange(1), help="Default: the challenger.")
+@click.option("--version", type=click.IntRange(1), help="Default: the version on trial, else the challenger.")
 @click.option("--why", default="", help="Kept in the history.")
 @click.pass_obj
 def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
@@ -129,15 +139,56 @@ def rollback(ctx: Context, name: str, why: str) -> None:
 
 @models.command()
 @click.argument("name")
+@click.argument("alias")
+@click.argument("version", type=click.IntRange(1), required=False)
+@click.option("--delete", is_flag=True, help="Remove the alias.")
+@click.option(
+    "--leave-no-champion", is_flag=True, help="Allow --delete of champion: the model stops serving."
+)
+@click.option("--why", default="", help="Kept in the history.")
+@click.pass_obj
+def alias(
+    ctx: Context,
+    name: str,
+    alias: str,
+    version: int | None,
+    delete: bool,
+    leave_no_champion: bool,
+    why: str,
+) -> None:
+    """Point an alias to a version, or remove it."""
+    from core.errors import InvalidRequest
+    from core.registry import CHAMPION
+
+    if (version is None) is not delete:
+        raise click.UsageError("Give a version, or --delete.")
+    if alias == CHAMPION and not delete:
+        raise InvalidRequest(
+            "The champion is not moved as an alias: nothing would remember the one before it.",
+            hint=f"Run `banquet models promote {name} --version {version}`.",
+        )
+    if alias == CHAMPION and not leave_no_champion:
+        raise InvalidRequest(
+            f"Without a champion, model {name!r} stops serving.",
+            hint="If that is meant, pass --leave-no-champion; to go back to the one before, `rollback`.",
+        )
+    report_change(ctx, name, open_registry().set_alias(name, alias, version, why=why))
+
+
+@models.command()
+@click.argument("name")
 @click.pass_obj
 def history(ctx: Context, name: str) -> None:
     """What the aliases were set to, by whom, when and why."""
-    changes = open_registry().history(name)
+    registry = open_registry()
+    changes = registry.history(name)
+    if not changes:
+        registry.require(name)
     data = [change_data(change) for change in changes]
-    lines = [
-        f"{c.when:%Y-%m-%d %H:%M:%S}  {c.who}  {c.action}  {_aliases_text(c.aliases)}  {c.why}".rstrip()
-        for c in changes
-    ]
+    lines = []
+    for c in changes:
+        when, aliases = f"{c.when:%Y-%m-%d %H:%M:%S}", _aliases_text(c.aliases)
+        lines.append("  ".join((f"{c.number:>4}", when, c.who, c.action, aliases, c.why)).rstrip())
     ctx.report(data, "\n".join(lines) or f"Model {name!r} has no history.")
 
 
@@ -145,28 +196,100 @@ def history(ctx: Context, name: str) -> None:
 @click.argument("reference", required=False)
 @click.pass_obj
 def verify(ctx: Context, reference: str | None) -> None:
-    """Re-check every digest, of one version or of all; exit 1 where one differs."""
+    """Re-check digests, signatures and histories, of one version or of all; exit 1 where one fails."""
     from core.errors import BanquetError
 
     registry = open_registry()
     if reference:
-        wanted = [registry.resolve(reference)]
+        wanted: list[tuple[str, int | None]] = [registry.resolve(reference)]
     else:
-        wanted = [(name, number) for name in registry.models() for number in registry.versions(name)]
+        wanted = []
+        for name in registry.models():
+            wanted += [(name, None), *((name, number) for number in registry.versions(name))]
     results = []
     for name, number in wanted:
         try:
-            registry.verify(name, number)
+            if number is None:
+                registry.history(name)
+            else:
+                registry.verify(name, number)
         except BanquetError as error:
-            results.append(
-                {"name": name, "version": number, "ok": False, "code": error.code, "detail": str(error)}
-            )
+            failure = {"ok": False, "code": error.code, "detail": str(error)}
         else:
-            results.append({"name": name, "version": number, "ok": True})
-    lines = [f"{r['name']}/{r['version']}: {'ok' if r['ok'] else r['detail']}" for r in results]
+            failure = {"ok": True}
+        results.append({"name": name, "version": number, **failure})
+    lines = [f"{r['name']}/{r['version'] or 'history'}: {'ok' if r['ok'] else r['detail']}" for r in results]
     ctx.report(results, "\n".join(lines) or f"No models in {registry.url}.")
     if not all(result["ok"] for result in results):
         sys.exit(1)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--keep", type=click.IntRange(1), help="Keep this many of the newest versions.")
+@click.option("--older-than", help="Remove only what was created longer ago than this: 36h, 30d.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed and remove nothing.")
+@click.option("--why", default="", help="Kept in the history.")
+@click.pass_obj
+def prune(ctx: Context, name: str, keep: int | None, older_than: str | None, dry_run: bool, why: str) -> None:
+    """Remove old versions, never one that an alias or a rollout points to."""
+    from dataclasses import asdict
+
+    from cli.features import duration
+    from core.retention import prune as run
+
+    span = None if older_than is None else duration(older_than)
+    done = run(open_registry(), name, keep=keep or 0, older_than=span, dry_run=dry_run, why=why)
+    would = "would be removed" if dry_run else "removed"
+    lines = [f"{name}/{number}: {would}" for number in done.versions]
+    lines += [f"{name}/{number}: what an interrupted step left, {would}" for number in done.leftovers]
+    lines += [f"{name}/{number}: kept, {reason}" for number, reason in done.kept.items()]
+    ctx.report({"name": name, "dry_run": dry_run, **asdict(done)}, "\n".join(lines))
+
+
+@models.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.pass_obj
+def sign(ctx: Context, names: tuple[str, ...]) -> None:
+    """Sign what was there before BANQUET_REGISTRY_KEY was set, or before its first key was.
+
+    You vouch for what is unsigned: nothing says where it came from.
+    """
+    registry = open_registry()
+    data, lines = [], []
+    for name in names:
+        versions, entries = registry.sign(name)
+        data.append({"name": name, "versions": versions, "history": entries})
+        lines += [f"{name}/{number}: signed" for number in versions]
+        if entries:
+            lines.append(f"{name}/history: {len(entries)} entries signed")
+    ctx.report(data, "\n".join(lines) or "Everything is signed by the first key.")
+
+
+@models.command()
+@click.argument("references", nargs=-1, metavar="[REFERENCE]...")
+@click.pass_obj
+def pins(ctx: Context, references: tuple[str, ...]) -> None:
+    """The digests of these versions, or of every aliased one, as BANQUET_PINNED_MODELS takes them."""
+    import json
+
+    from core.registry import ModelRegistry
+    from core.settings import load_settings
+
+    registry = ModelRegistry.of(load_settings().model_copy(update={"pinned_models": None}))
+    if references:
+        wanted = [registry.resolve(reference) for reference in references]
+    else:
+        wanted = [
+            (name, number)
+            for name in registry.models()
+            for number in sorted(set(registry.aliases(name).values()))
+        ]
+    data = {}
+    for name, number in wanted:
+        registry.verify(name, number)
+        data[f"{name}/{number}"] = registry.manifest_digest(name, number)
+    ctx.report(data, json.dumps(data, indent=2))
 
 
 def report_change(ctx: Context, name: str, change: Change) -> None:

@@ -107,7 +107,8 @@ class ModelHistory:
                 why=why,
                 before=last.digest if last else None,
             )
-            done = self._signed(done)
+            # As a reader will have it: a number given as 10 is read as 10.0, and that is what is signed.
+            done = self._signed(records.from_json(Change, records.to_json(done), "it"))
             try:
                 self._write(self._store.create, done)
             except FileExistsError:

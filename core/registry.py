@@ -278,10 +278,13 @@ class ModelRegistry:
         """
 
         def checked(last: Change | None) -> Traffic:
-            if last is None:
-                self.require(name)
             now = last.traffic if last else Traffic()
-            after = transform(now)
+            try:
+                after = transform(now)
+            except (Conflict, ModelNotFound):
+                if last is None:
+                    self.require(name)  # a name that does not exist is what the caller wants to hear of
+                raise
             for version in sorted(versions_in(after) - versions_in(now)):
                 self.require(name, version)
             return after
