@@ -6,7 +6,6 @@ Importing this module imports neither scikit-learn nor ONNX Runtime: a worker pa
 
 from __future__ import annotations
 
-import io
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,13 +54,6 @@ class SklearnRunner:
         self._estimator = estimator
         classes = getattr(estimator, "classes_", None)
         self._index = None if classes is None else {label: i for i, label in enumerate(classes.tolist())}
-
-    @classmethod
-    def load(cls, content: bytes) -> SklearnRunner:
-        """Unpickle an estimator. Only for content whose digest has been checked: unpickling runs code."""
-        import joblib
-
-        return cls(joblib.load(io.BytesIO(content)))
 
     def scores(self, matrix: Matrix) -> NDArray[Any]:
         """As the protocol says."""

@@ -34,6 +34,8 @@ BanquetError
 │       ├── SignatureMismatch
 │       ├── NotPinned           versions are pinned, and this is none of them
 │       ├── DigestMismatch
+│       ├── PickleRefused       reading it would run code, which is switched off
+│       ├── UntrustedType       a skops file with a type that nobody vouched for
 │       ├── SchemaMismatch
 │       ├── LibraryMismatch
 │       └── GoldenMismatch
@@ -212,6 +214,14 @@ class NotPinned(ModelRejected):
 
 class DigestMismatch(ModelRejected):
     """An artifact differs from the digest in its manifest."""
+
+
+class PickleRefused(ModelRejected):
+    """Reading the model would run code."""
+
+
+class UntrustedType(ModelRejected):
+    """The model has a type that is not trusted."""
 
 
 class SchemaMismatch(ModelRejected):

@@ -20,6 +20,7 @@ from core.types import Dtype, Field
 
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.joblib"
+SKOPS_FILE = "model.skops"
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 BASELINE_FILE = "baseline.parquet"
@@ -199,8 +200,16 @@ class ModelManifest:
             own = (MANIFEST_FILE, SIGNATURE_FILE)
             require(artifact not in own, "the manifest cannot hold a digest of itself or of its signature")
             require(_SHA256.fullmatch(digest) is not None, f"the digest of {artifact!r} is not a sha256")
-        require(MODEL_FILE in self.artifacts, f"no digest of {MODEL_FILE}")
+        estimators = {MODEL_FILE, SKOPS_FILE} & set(self.artifacts)
+        require(len(estimators) == 1, f"no digest of {MODEL_FILE}, or of {SKOPS_FILE}, or digests of both")
+        if self.compiled.form == "sklearn":
+            require(self.compiled.artifact in estimators, "the compiled form is not the estimator")
         require(self.compiled.artifact in self.artifacts, "no digest of the compiled form")
+
+    @property
+    def estimator_file(self) -> str:
+        """The artifact that holds the fitted estimator."""
+        return SKOPS_FILE if SKOPS_FILE in self.artifacts else MODEL_FILE
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from core import estimator_file
 from core.compiled import MAX_DIFFERENCE, OnnxRunner, Runner, SklearnRunner
 from core.errors import GoldenMismatch, LibraryMismatch, PredictionFailed, SchemaMismatch
 from core.manifest import Default, ModelManifest, Policy, ServedFeature, ServiceSchema
@@ -113,17 +114,25 @@ class LoadedModel:
         """Load a version for a repository that ``serves`` this schema.
 
         Raises:
-            DigestMismatch: an artifact was altered; checked first, before anything is parsed or unpickled.
+            Unsigned, SignatureMismatch, NotPinned: the manifest is not to be trusted; checked first of all.
+            DigestMismatch: an artifact was altered; checked before anything is parsed or unpickled.
             SchemaMismatch: the feature service has other features than the model was trained on.
             LibraryMismatch: scikit-learn has another version.
+            PickleRefused, UntrustedType: reading the estimator is not allowed here.
             GoldenMismatch: the model does not reproduce its recorded predictions.
         """
         manifest = registry.verify(name, number)
         _check_schema(manifest, serves)
         _check_libraries(manifest)
         content = registry.artifact(manifest, manifest.compiled.artifact)
-        compiled = manifest.compiled.form == "onnx"
-        model = cls(manifest, OnnxRunner(content) if compiled else SklearnRunner.load(content))
+        runner: Runner
+        if manifest.compiled.form == "onnx":
+            runner = OnnxRunner(content)
+        else:
+            file = manifest.estimator_file
+            what = f"{file} of model {name} version {number}"
+            runner = SklearnRunner(estimator_file.load(content, file, registry.trust, what))
+        model = cls(manifest, runner)
         model.check_golden()
         return model
 

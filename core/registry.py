@@ -45,14 +45,18 @@ class ModelRegistry:
 
     def __init__(self, url: str, trust: Trust | None = None) -> None:
         self.store = ObjectStore(url)
-        self._trust = trust or Trust()
+        self.trust = trust or Trust()
 
     @classmethod
     def of(cls, settings: Settings) -> ModelRegistry:
         """The registry that the settings name, trusted as they say; raises InvalidSetting as Trust does."""
-        return cls(
-            settings.models_url, Trust.of(settings.registry_key.get_secret_value(), settings.pinned_models)
+        trust = Trust.of(
+            settings.registry_key.get_secret_value(),
+            settings.pinned_models,
+            unpickle=settings.allow_pickle,
+            skops_types=settings.skops_trusted,
         )
+        return cls(settings.models_url, trust)
 
     @property
     def url(self) -> str:
@@ -121,8 +125,8 @@ class ModelRegistry:
             DigestMismatch: it is that of another package.
         """
         content = self._manifest_bytes(name, version)
-        self._trust.check_pin(name, version, content)
-        if self._trust.keys:
+        self.trust.check_pin(name, version, content)
+        if self.trust.keys:
             self._check_signature(name, version, content, self._signature(name, version))
         return _parsed(name, version, content)
 
@@ -175,7 +179,7 @@ class ModelRegistry:
         digests = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
         manifest = describe(version, digests)
         content = manifest.to_json().encode()
-        signature = self._trust.sign("manifest", name, content)
+        signature = self.trust.sign("manifest", name, content)
         # The claim makes the folder ours alone.
         for file, artifact in files.items():
             self.store.replace(artifact, name, str(version), file)
@@ -197,20 +201,20 @@ class ModelRegistry:
             SignatureMismatch, DigestMismatch, HistoryRewritten, DamagedRegistry: something is not what was
                 registered or signed; what comes after it is left as it is.
         """
-        if not self._trust.keys:
+        if not self.trust.keys:
             raise InvalidRequest("There is no key to sign with.", hint="Set BANQUET_REGISTRY_KEY.")
         self.require(name)
         versions = []
         for version in self.versions(name):
             content, signature = self._manifest_bytes(name, version), self._signature(name, version)
-            if self._trust.is_current("manifest", name, content, signature):
+            if self.trust.is_current("manifest", name, content, signature):
                 continue
             if signature is not None:
                 self._check_signature(name, version, content, signature)
             manifest = _parsed(name, version, content)
             for file in manifest.artifacts:
                 self.artifact(manifest, file)
-            signature = self._trust.sign("manifest", name, content) or ""
+            signature = self.trust.sign("manifest", name, content) or ""
             self.store.replace(signature.encode(), name, str(version), SIGNATURE_FILE)
             versions.append(version)
         return versions, self._history(name).sign()
@@ -311,7 +315,7 @@ class ModelRegistry:
         return self._history(name).latest(known)
 
     def _history(self, name: str) -> ModelHistory:
-        return ModelHistory(self.store, self._trust, check_model_name(name))
+        return ModelHistory(self.store, self.trust, check_model_name(name))
 
     def _repeat_aliases(self, name: str) -> None:
         """Write the last entry's aliases to ``aliases.json``.
@@ -347,7 +351,7 @@ class ModelRegistry:
         return None if found is None else found.decode("ascii", "replace").strip()
 
     def _check_signature(self, name: str, version: int, content: bytes, signature: str | None) -> None:
-        self._trust.check("manifest", name, content, signature, f"The manifest of {name}/{version}")
+        self.trust.check("manifest", name, content, signature, f"The manifest of {name}/{version}")
 
     def _is_registered(self, name: str, version: int) -> bool:
         return self.store.read(check_model_name(name), str(version), MANIFEST_FILE) is not None

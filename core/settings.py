@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     pinned_models: Path | None = Field(
         None, description="JSON file of the only versions to load and the sha256 of their manifests."
     )
+    allow_pickle: bool = Field(True, description="Read models whose format runs code when it is read.")
+    skops_trusted: str = Field(
+        "", description="Types to trust in skops files beside skops' own, separated by commas."
+    )
     state_dir: Path = Field(Path(".banquet"), description="Embedded Redis data, local model registry.")
     default_model: str | None = Field(
         None, description="Model that POST /predict serves; default: the only one with a champion."

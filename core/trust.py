@@ -30,15 +30,20 @@ class Trust:
     """What a reader demands of a registry; by default nothing, and then nothing is signed.
 
     ``keys``: what is read must be signed by one of them; the first one signs. ``pins``: only these versions
-    load, and only with manifests of these sha256 digests.
+    load, and only with manifests of these sha256 digests. ``unpickle`` allows reading an estimator in a
+    format that runs code; ``skops_types`` are trusted in the one that does not, beside skops' own.
     """
 
     keys: tuple[bytes, ...] = field(default=(), repr=False)
     pins: Mapping[tuple[str, int], str] | None = None
+    unpickle: bool = True
+    skops_types: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, keys: str = "", pins_file: Path | None = None) -> Trust:
-        """From the settings: keys separated by commas; a JSON file of ``{"name/version": "sha256"}``.
+    def of(
+        cls, keys: str = "", pins_file: Path | None = None, *, unpickle: bool = True, skops_types: str = ""
+    ) -> Trust:
+        """From the settings: keys and types separated by commas, a JSON file of {"name/version": "sha256"}.
 
         Raises:
             InvalidSetting: a key is too short to be one, or the file is not such a file.
@@ -49,7 +54,12 @@ class Trust:
                 f"BANQUET_REGISTRY_KEY has a key of fewer than {MIN_KEY_CHARACTERS} characters.",
                 hint="Make one with `openssl rand -hex 32`; several are separated by commas.",
             )
-        return cls(tuple(part.encode() for part in parts), None if pins_file is None else _pins(pins_file))
+        return cls(
+            keys=tuple(part.encode() for part in parts),
+            pins=None if pins_file is None else _pins(pins_file),
+            unpickle=unpickle,
+            skops_types=frozenset(part.strip() for part in skops_types.split(",") if part.strip()),
+        )
 
     def sign(self, kind: Kind, model: str, content: bytes) -> str | None:
         """The signature by the first key; None without a key."""

@@ -19,12 +19,15 @@ _REASON_LENGTH = 200
 _TIE = 1e-9
 
 
-def compile_estimator(estimator: Any, matrix: Matrix) -> tuple[CompiledForm, bytes | None]:
+def compile_estimator(
+    estimator: Any, matrix: Matrix, file: str = MODEL_FILE
+) -> tuple[CompiledForm, bytes | None]:
     """The fastest form that agrees with ``estimator`` on ``matrix``, and its content (None: scikit-learn).
 
     It agrees when every predicted class is equal (ties within 1e-9 aside) and every probability within
     ``MAX_DIFFERENCE``; for a regressor every value, relatively. Tried in turn: this project's own float64
-    graph, then skl2onnx's in float64 and float32 for estimators the first does not know.
+    graph, then skl2onnx's in float64 and float32 for estimators the first does not know. ``file`` is the
+    artifact that holds the estimator.
     """
     expected = SklearnRunner(estimator).scores(matrix)
     reasons: list[str] = []
@@ -41,7 +44,7 @@ def compile_estimator(estimator: Any, matrix: Matrix) -> tuple[CompiledForm, byt
             reasons.append(f"{label}: differs by {difference:.2g}, classes equal: {equal}")
     except ImportError as exc:
         reasons.append(f"{exc.name} is not installed; it comes with feast-banquet[train]")
-    return CompiledForm("sklearn", MODEL_FILE, 0.0, True, len(matrix), "; ".join(reasons)), None
+    return CompiledForm("sklearn", file, 0.0, True, len(matrix), "; ".join(reasons)), None
 
 
 def _candidates(estimator: Any, matrix: Matrix, reasons: list[str]) -> Iterator[tuple[str, bytes]]:

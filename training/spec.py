@@ -109,6 +109,8 @@ class ModelSpec:
                      ``Default(value)``, or "reject" (the row gets an error, and trains nothing)
     threshold        binary only: predict ``classes[1]`` from this probability on; None: the most likely
     recency_feature  the feature of the recency-only baseline ("how long since the entity was last seen")
+    format           how the estimator is stored: "joblib" runs code when it is read, "skops" does not and
+                     stores fewer kinds of estimators; a model that compiles is served without reading it
     description      one sentence for people
     """
 
@@ -125,6 +127,7 @@ class ModelSpec:
     policy: Mapping[str, Policy] = field(default_factory=lambda: MappingProxyType({}))
     threshold: float | None = None
     recency_feature: str | None = None
+    format: Literal["joblib", "skops"] = "joblib"
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -147,6 +150,7 @@ class ModelSpec:
         require(
             self.task in ("classification", "regression"), 'task must be "classification" or "regression".'
         )
+        require(self.format in ("joblib", "skops"), 'format must be "joblib" or "skops".')
         for attribute in ("holdout", "label_horizon", "calibration"):
             value = getattr(self, attribute)
             optional = attribute == "calibration" and value is None

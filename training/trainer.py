@@ -8,7 +8,6 @@ registered: it is not fitted again on the held-out rows.
 from __future__ import annotations
 
 import io
-import pickle
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from core import estimator_file
 from core.compiled import SklearnRunner
-from core.errors import InvalidModelSpec
+from core.errors import BanquetError, InvalidModelSpec
 from core.manifest import (
     BASELINE_FILE,
     MODEL_FILE,
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 BASELINE_ROWS = 2_000
 GOLDEN_ROWS = 20
 COMPARED_ROWS = 20_000
-_LIBRARIES = ("scikit-learn", "numpy", "onnxruntime", "feast", "feast-banquet")
+_LIBRARIES = ("scikit-learn", "numpy", "skops", "onnxruntime", "feast", "feast-banquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +90,22 @@ def train(
     window, parts = examples.window, examples.parts
     say(f"fitting on {window.training_rows:,} rows, judging on the last {window.holdout_rows:,}")
     estimator = _fit(spec, examples)
-    pickled = _pickled(spec, estimator)
+    stored = _stored(registry, spec, estimator, say)
+    file = estimator_file.FILES[spec.format]
     draft = _draft(spec, examples)
     model = LoadedModel(draft, SklearnRunner(estimator))
     _check_predictions(spec, model, estimator, examples.matrix[parts["holdout"]])
 
     used = np.concatenate(list(parts.values()))
-    compiled, graph = compile_estimator(estimator, examples.matrix[used[_evenly(len(used), COMPARED_ROWS)]])
+    compiled, graph = compile_estimator(
+        estimator, examples.matrix[used[_evenly(len(used), COMPARED_ROWS)]], file
+    )
     say(f"runs as {compiled.form}" + (f" ({compiled.reason})" if compiled.reason else ""))
     metrics, beats = evaluation.judge(model, examples.matrix, examples.labels, parts, recency=recency)
     sample = _sample(parts["training"])
     golden = _golden(model, examples, sample)
     baseline = examples.table.select(examples.columns.names).take(sample)
-    files = {MODEL_FILE: pickled, BASELINE_FILE: _parquet(baseline)}
+    files = {file: stored, BASELINE_FILE: _parquet(baseline)}
     if graph is not None:
         files[compiled.artifact] = graph
 
@@ -181,18 +184,23 @@ def _fit(spec: ModelSpec, examples: Examples) -> Any:
     return estimator
 
 
-def _pickled(spec: ModelSpec, estimator: Any) -> bytes:
-    import joblib
-
-    content = io.BytesIO()
+def _stored(registry: ModelRegistry, spec: ModelSpec, estimator: Any, say: Say) -> bytes:
+    """The estimator in the spec's format; says which types a server would have to trust."""
+    file = estimator_file.FILES[spec.format]
     try:
-        joblib.dump(estimator, content, compress=3)
-    except (pickle.PicklingError, AttributeError, TypeError) as exc:
+        content = estimator_file.dump(estimator, file)
+    except BanquetError:
+        raise
+    except Exception as exc:
         raise InvalidModelSpec(
-            f"The estimator of model spec {spec.name!r} cannot be stored: {exc}.",
+            f"The estimator of model spec {spec.name!r} cannot be stored as {spec.format}: {exc}.",
             hint="A class or function that it uses must live in an installed module, not in the spec's file.",
         ) from exc
-    return content.getvalue()
+    if spec.format == "skops":
+        odd = estimator_file.untrusted_types(content, registry.trust, file)
+        if odd:
+            say(f"to be read, {file} needs BANQUET_SKOPS_TRUSTED={','.join(odd)}")
+    return content
 
 
 def _check_predictions(spec: ModelSpec, model: LoadedModel, estimator: Any, matrix: Array) -> None:

@@ -24,11 +24,12 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
 from core.errors import FeatureServiceNotFound, InvalidModelSpec
-from core.manifest import BASELINE_FILE, MODEL_FILE, Default, ModelManifest
+from core.manifest import BASELINE_FILE, MODEL_FILE, SKOPS_FILE, Default, ModelManifest
 from core.model import LoadedModel
 from core.online import FeaturePlan
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.repository import FeastRepository
+from core.trust import Trust
 from core.types import Dtype, Field
 from tests.support import subscriptions
 from training.spec import MatrixColumns, ModelSpec
@@ -241,6 +242,19 @@ def test_the_first_version_is_champion_and_the_next_challenger(
     assert first.dataset_digest == second.dataset_digest
     assert first.golden == second.golden
     assert any("2,400 entity rows" in line for line in said)
+
+
+def test_a_model_stored_by_skops_is_trained_and_served_without_a_pickle(
+    repository: FeastRepository, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(str(tmp_path), Trust.of(unpickle=False))
+    said: list[str] = []
+    model = spec(build=boosted, calibration=None, recency_feature=None, format="skops")
+    manifest = train(repository, registry, model, say=said.append).manifest
+    assert set(manifest.artifacts) == {SKOPS_FILE, BASELINE_FILE, "model.onnx"}
+    assert "skops" in manifest.libraries
+    assert any("BANQUET_SKOPS_TRUSTED=" in line for line in said)
+    assert LoadedModel.load(registry, "churn", 1, manifest.schema).manifest == manifest
 
 
 def test_a_regressor_is_judged_by_its_errors(repository: FeastRepository, tmp_path: Path) -> None:
