@@ -162,6 +162,41 @@ PREDICT_WITH_VERSION: dict[str, Any] = with_path(
     "version",
 )
 
+FEEDBACK: dict[str, Any] = {
+    "operationId": "feedback",
+    "summary": "Tell what really happened",
+    "description": "Labels of the rows of a request, in their order; null where one is not known. They count "
+    "for the rollout under way, each row once; a prediction can be labelled a second after it was given.",
+    "tags": ["predictions"],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["request_id", "labels"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "request_id": {"type": "string"},
+                        "labels": {"type": "array", "items": {}, "minItems": 1},
+                    },
+                },
+                "examples": {
+                    "labels": {
+                        "summary": "Of a request with three rows",
+                        "value": {"request_id": "01KAT2Z1M8K3V5W6QZ0A1B2C3D", "labels": [1, 0, None]},
+                    }
+                },
+            }
+        },
+    },
+    "responses": {
+        "200": {"description": "How many labels there were, and how many counted."},
+        "422": _PROBLEM,
+        "503": _UNAVAILABLE,
+    },
+}
+
 _SIGNED: dict[str, Any] = {
     "why": {"type": "string", "description": "Kept in the history."},
     "who": {"type": "string", "description": "Kept in the history."},

@@ -30,6 +30,7 @@ from serving.catalog import Catalog
 from serving.conductor import Conductor
 from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send
 from serving.features import OnlineFeaturesEndpoint
+from serving.feedback import FeedbackEndpoint
 from serving.memory import MemoryWatch
 from serving.metrics import RequestMetrics
 from serving.predictions import PredictEndpoint
@@ -120,6 +121,7 @@ def create_app(
     )
     predict = PredictEndpoint(catalog)
     features = OnlineFeaturesEndpoint(catalog)
+    feedback = FeedbackEndpoint(catalog, settings.max_entities)
     push = PushEndpoint(catalog, writer)
     write_online = WriteOnlineEndpoint(catalog, writer)
 
@@ -155,6 +157,7 @@ def create_app(
         api_docs.PREDICT_WITH_VERSION,
     )
     route("/get-online-features", lambda: features, api_docs.ONLINE_FEATURES)
+    route("/feedback", lambda: feedback, api_docs.FEEDBACK)
     route("/push", lambda: push, api_docs.PUSH)
     route("/write-to-online-store", lambda: write_online, api_docs.WRITE_ONLINE)
 

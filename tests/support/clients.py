@@ -20,6 +20,7 @@ class Seen:
     version: int
     variant: str
     user: int
+    request_id: str
     row: dict[str, Any]
 
 
@@ -64,7 +65,15 @@ class Clients:
                 else:
                     row = answer["predictions"][0]
                     self.seen.append(
-                        Seen(asked, time.monotonic(), answer["model_version"], answer["variant"], user, row)
+                        Seen(
+                            asked,
+                            time.monotonic(),
+                            answer["model_version"],
+                            answer["variant"],
+                            user,
+                            answer["request_id"],
+                            row,
+                        )
                     )
                 if not keep:
                     writer.close()

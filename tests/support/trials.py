@@ -58,6 +58,12 @@ def log_odds(users: Any) -> Any:
     return (users * 0.618033988749895 % 1.0) * 4.0 - 3.0
 
 
+def label(user: int) -> int:
+    """What the user really does: as likely as ``a`` says, and the same each time."""
+    chance = 1 / (1 + np.exp(-log_odds(np.int64(user))))
+    return int(user * 0.7548776662466927 % 1.0 < chance)
+
+
 def _add_service(repo: FeastRepository) -> None:
     registry = registry_of(repo, [VIEW])
     service = registry.feature_services.add()
@@ -102,6 +108,15 @@ class Wrong(Honest):
 
     def predict_proba(self, matrix: Any) -> Any:
         return super().predict_proba(matrix)[:, ::-1]
+
+
+class Inverted(Honest):
+    """The champion's scores, each given to another user: that of the mirrored ``a``."""
+
+    def predict_proba(self, matrix: Any) -> Any:
+        mirrored = matrix.copy()
+        mirrored[:, 0] = -2.0 - matrix[:, 0]
+        return super().predict_proba(mirrored)
 
 
 class Nothing(Honest):
