@@ -65,7 +65,10 @@ _PREDICTIONS = {
                 "properties": {
                     "model_name": {"type": "string"},
                     "model_version": {"type": "integer"},
-                    "variant": {"type": "string"},
+                    "variant": {
+                        "type": "string",
+                        "description": "The alias of the version that answered; challenger for a canary.",
+                    },
                     "request_id": {"type": "string"},
                     "predictions": {
                         "type": "array",
@@ -86,6 +89,11 @@ _PREDICTIONS = {
                                 },
                                 "features": {"type": "object", "description": "With `explain` only."},
                                 "error": {"type": "object", "description": "In place of a prediction."},
+                                "model_version": {
+                                    "type": "integer",
+                                    "description": "Where it is not the one above: a canary answered.",
+                                },
+                                "variant": {"type": "string", "description": "As model_version."},
                             },
                         },
                     },
@@ -146,7 +154,7 @@ PREDICT_WITH: dict[str, Any] = with_path(
         **PREDICT,
         "operationId": "predict_with",
         "summary": "Predict by entity ID with a named model",
-        "description": "Fetches the features of each entity and predicts with the named model's champion.",
+        "description": "`name` is a model, whose champion answers and whoever is on trial, or `name@alias`.",
     },
     "name",
 )

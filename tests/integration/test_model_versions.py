@@ -14,11 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
+from core import rollouts
 from core.manifest import MODEL_FILE, GoldenRow
 from core.model import LoadedModel
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings
+from core.traffic import Step
 from tests.support import trials
 from tests.support.server import banquet
 from tests.support.trials import MODEL, Honest, Wrong
@@ -202,3 +204,37 @@ def test_the_admin_api_needs_a_key_of_its_own(scene: Scene, tmp_path: Path) -> N
     with banquet(scene.repo.path, settings) as client:
         answer = client.get("/admin/models", headers={"Authorization": "Bearer k"})
         assert (answer.status_code, answer.json()["code"]) == (403, "admin_disabled")
+
+
+def test_a_canary_shares_a_request_and_says_which_rows_are_its_own(scene: Scene) -> None:
+    """The champion's rows and the canary's come back in the order of the request, by either protocol."""
+    rollouts.start(scene.registry, MODEL, kind="canary", steps=[Step(50)], automatic=False)
+    scene.until(lambda: bool(scene.client.get("/health").json()["models"][MODEL]["rollout"]))
+    users = list(range(200))
+    whole = scene.client.post("/predict", json={"entities": {"user_id": users}}).json()
+    assert (whole["model_version"], whole["variant"]) == (1, "champion")
+    rows = whole["predictions"]
+    assert [row["entity"]["user_id"] for row in rows] == users
+    canary = [user for user, row in enumerate(rows) if "variant" in row]
+    assert 60 < len(canary) < 140
+    assert all((rows[user]["model_version"], rows[user]["variant"]) == (2, "challenger") for user in canary)
+    for user, row in enumerate(rows):
+        honest = int(trials.log_odds(user) > 0)
+        assert row["prediction"] == (1 - honest if user in canary else honest)
+        alone = scene.client.post("/predict", json={"entities": [{"user_id": user}]}).json()
+        assert alone["variant"] == ("challenger" if user in canary else "champion")
+        assert alone["predictions"][0]["confidence"] == pytest.approx(row["confidence"])
+    tensor = {"name": "user_id", "shape": [200], "datatype": "INT64", "data": users}
+    told = scene.client.post(f"/v2/models/{MODEL}/infer", json={"inputs": [tensor]}).json()
+    assert told["parameters"] == {"variant": "champion", "challenger_rows": canary}
+    assert told["outputs"][0]["data"] == [row["prediction"] for row in rows]
+    pinned = scene.client.post(f"/models/{MODEL}/versions/1/predict", json={"entities": {"user_id": users}})
+    assert all("variant" not in row for row in pinned.json()["predictions"])
+
+
+def test_versions_that_answer_other_requests_cannot_share_traffic(scene: Scene) -> None:
+    other = trials.register_version(scene.repo, scene.registry, Honest(), classes=(0, 1, 2)).version
+    body = {"version": other}
+    answer = scene.client.post(f"/admin/models/{MODEL}/rollout", json=body, headers=ADMIN)
+    assert answer.status_code == 409
+    assert "differ in the classes" in answer.json()["error"]
