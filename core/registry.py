@@ -68,6 +68,10 @@ class ModelRegistry:
         found = {path[0] for path in self.store.files() if _is_version(path[1:]) and is_model_name(path[0])}
         return sorted(found)
 
+    def names(self) -> list[str]:
+        """What may be models, whether they have a version or not: one small listing, for those who ask often."""
+        return [name for name in self.store.children() if is_model_name(name)]
+
     def versions(self, name: str) -> list[int]:
         """The registered versions of a model, ascending; empty for an unknown one."""
         found = self.store.files(check_model_name(name))

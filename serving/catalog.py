@@ -256,7 +256,7 @@ class Catalog:
     def _changes(self) -> dict[str, Change]:
         """The state of each model that has a champion."""
         found = {}
-        for name in self._registry.models():
+        for name in self._registry.names():
             change = self._registry.latest(name, self._seen.get(name))
             if change is not None and CHAMPION in change.aliases:
                 found[name] = change
