@@ -69,7 +69,7 @@ class ModelRegistry:
         return sorted(found)
 
     def names(self) -> list[str]:
-        """What may be models, whether they have a version or not: one small listing, for those who ask often."""
+        """What may be a model, with or without a version: one small listing, for who asks often."""
         return [name for name in self.store.children() if is_model_name(name)]
 
     def versions(self, name: str) -> list[int]:
