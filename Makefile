@@ -43,6 +43,9 @@ format: $(READY)  ## Format and fix
 bench-serving: $(READY)  ## Measure the server beside feast serve and its limits (needs wrk)
 	$(BIN)/python bench/serving.py $(ARGS)
 
+bench-materialize: $(READY)  ## Measure loads beside feast materialize and a raw pipe (ARGS="--rows 100000")
+	$(BIN)/python bench/materialize.py --memory-rows 10000000 --keep $(ARGS)
+
 bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a second
 	$(BIN)/python bench/stream.py $(ARGS)
 
@@ -53,4 +56,4 @@ lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
-.PHONY: help install demo test unit lint check format bench-serving bench-stream bench-soak lock
+.PHONY: help install demo test unit lint check format bench-materialize bench-serving bench-stream bench-soak lock

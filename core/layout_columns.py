@@ -1,8 +1,8 @@
-"""Arrow columns to cells: what ``layout_rows`` puts into commands.
+"""Arrow columns to cells: what ``layout_rows`` puts into commands and ``layout_dump`` into listpacks.
 
-Every function gives *pieces* whose concatenation is, row by row, the column's cells as RESP bulk strings.
 Numbers, texts, timestamps and lists of floats are encoded a column at a time; any other type cell by cell
 through protobuf. Values are those of Feast's materialization (Arrow to numpy to ``feast.type_map``).
+``Cells`` holds them as *pieces*, whose concatenation is, row by row, what they stand for.
 
 Knows no keys, hash fields or commands.
 """
@@ -10,6 +10,7 @@ Knows no keys, hash fields or commands.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,11 +56,87 @@ def ragged(rows: Bytes, sizes: NDArray[np.int64]) -> Piece:
     return pa.Array.from_buffers(BINARY, len(sizes), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
-def by_length(lengths: NDArray[np.int64], text: Callable[[int], bytes]) -> pa.LargeBinaryArray:
+def by_length(lengths: NDArray[np.int64], text: Callable[[int], bytes]) -> Piece:
     """``text(length)`` for every row."""
     distinct = pa.array(lengths).dictionary_encode()
-    texts = pa.array([text(length) for length in distinct.dictionary.to_pylist()], BINARY)
-    return texts.take(distinct.indices)
+    texts = [text(length) for length in distinct.dictionary.to_pylist()]
+    if len(texts) == 1:
+        return texts[0]
+    if texts and len(set(map(len, texts))) == 1 and texts[0]:
+        table = np.frombuffer(b"".join(texts), np.uint8).reshape(len(texts), -1)
+        return table[distinct.indices.to_numpy()]
+    return pa.array(texts, BINARY).take(distinct.indices)
+
+
+def filtered(piece: Piece, keep: NDArray[np.bool_]) -> Piece:
+    """The piece of the rows where ``keep`` is true."""
+    if isinstance(piece, bytes):
+        return piece
+    return piece[keep] if isinstance(piece, np.ndarray) else piece.filter(pa.array(keep))
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A column's cells: in each row a head, then ``length`` bytes of the body.
+
+    Attributes:
+        lengths: bytes of each row's body, or one number where they are alike; -1 where the cell is empty.
+        body: pieces.
+        head: what precedes a body, where it depends on its length a function of that.
+    """
+
+    lengths: NDArray[np.int64] | int
+    body: tuple[Piece, ...] = ()
+    head: bytes | Callable[[int], bytes] = b""
+
+    @property
+    def longest(self) -> int:
+        """The largest cell's size in bytes."""
+        if isinstance(self.lengths, int):
+            return self._size(self.lengths)
+        return self._size(int(self.lengths.max())) if len(self.lengths) else 0
+
+    def sizes(self) -> NDArray[np.int64] | int:
+        """Bytes of each row's cell, or one number where they are alike."""
+        if isinstance(self.lengths, int):
+            return self._size(self.lengths)
+        if isinstance(self.head, bytes):
+            return np.where(self.lengths < 0, 0, self.lengths + len(self.head))
+        distinct, places = np.unique(self.lengths, return_inverse=True)
+        sizes = np.array([self._size(length) for length in distinct.tolist()], np.int64)
+        return sizes[places]
+
+    def framed(self, before: Callable[[int], bytes], after: Callable[[int], bytes] | bytes) -> list[Piece]:
+        """Each cell between what ``before`` and ``after`` make of its size."""
+
+        def start(length: int) -> bytes:
+            return before(self._size(length)) + self._head(length)
+
+        def end(length: int) -> bytes:
+            return after if isinstance(after, bytes) else after(self._size(length))
+
+        if isinstance(self.lengths, int):
+            return [start(self.lengths), *self.body, end(self.lengths)]
+        last = after if isinstance(after, bytes) else by_length(self.lengths, end)
+        return [by_length(self.lengths, start), *self.body, last]
+
+    def filter(self, keep: NDArray[np.bool_]) -> Cells:
+        """The rows where ``keep`` is true."""
+        lengths = self.lengths if isinstance(self.lengths, int) else self.lengths[keep]
+        return Cells(lengths, tuple(filtered(piece, keep) for piece in self.body), self.head)
+
+    def _size(self, length: int) -> int:
+        return len(self._head(length)) + max(length, 0)
+
+    def _head(self, length: int) -> bytes:
+        if length < 0:
+            return b""
+        return self.head if isinstance(self.head, bytes) else self.head(length)
+
+
+def _uniform(lengths: NDArray[np.int64]) -> NDArray[np.int64] | int:
+    """One number for lengths that are all alike."""
+    return int(lengths[0]) if len(lengths) and lengths.min() == lengths.max() else lengths
 
 
 def byte_lengths(raw: pa.LargeBinaryArray) -> NDArray[np.int64]:
@@ -103,8 +180,8 @@ def ticks(column: pa.Array, per_second: int) -> NDArray[np.int64]:
     return ticks * factor
 
 
-def event_cells(events_us: NDArray[np.int64]) -> list[Piece]:
-    """The ``_ts`` values: serialized protobuf Timestamps as bulk strings."""
+def event_cells(events_us: NDArray[np.int64]) -> Cells:
+    """The ``_ts`` values: serialized protobuf Timestamps."""
     seconds, rest = np.divmod(events_us, 1_000_000)
     second_bytes, second_sizes = _varints(seconds)
     nano_bytes, nano_sizes = _varints(rest * 1000)
@@ -112,41 +189,37 @@ def event_cells(events_us: NDArray[np.int64]) -> list[Piece]:
     nano_sizes = np.where(rest == 0, 0, nano_sizes + 1)
     tagged_seconds = np.hstack([np.full((len(seconds), 1), 0x08, np.uint8), second_bytes])
     tagged_nanos = np.hstack([np.full((len(seconds), 1), 0x10, np.uint8), nano_bytes])
-    sizes = second_sizes + nano_sizes
-    head: Piece
-    if len(sizes) and sizes.min() == sizes.max():
-        head = b"$%d\r\n" % int(sizes[0])
-    else:
-        head = by_length(sizes, lambda size: b"$%d\r\n" % size)
-    return [head, ragged(tagged_seconds, second_sizes), ragged(tagged_nanos, nano_sizes), CRLF]
+    body = (ragged(tagged_seconds, second_sizes), ragged(tagged_nanos, nano_sizes))
+    return Cells(_uniform(second_sizes + nano_sizes), body)
 
 
-def cells(column: pa.Array, dtype: Dtype) -> list[Piece]:
-    """A column's cells as bulk strings."""
+def cells(column: pa.Array, dtype: Dtype) -> Cells:
+    """A column's cells."""
     if pa.types.is_null(column.type):
-        return [b"$0\r\n\r\n"]
+        return Cells(-1)
     encode = _VECTORISED.get(dtype)
-    pieces = encode(column, dtype) if encode is not None else None
-    return _cell_by_cell(column, dtype) if pieces is None else pieces
+    found = encode(column, dtype) if encode is not None else None
+    return _cell_by_cell(column, dtype) if found is None else found
 
 
-def _float_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
+def _float_cells(column: pa.Array, dtype: Dtype) -> Cells | None:
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
         return None
     values = column.to_numpy(zero_copy_only=False)  # a null becomes NaN
     if dtype is Dtype.DOUBLE:
-        head, values = b"$9\r\n\x29", values.astype("<f8", copy=False)
+        head, values = b"\x29", values.astype("<f8", copy=False)
     else:
         with np.errstate(over="ignore"):
-            head, values = b"$5\r\n\x35", values.astype("<f8", copy=False).astype("<f4")
-    missing = np.isnan(values)
+            head, values = b"\x35", values.astype("<f8", copy=False).astype("<f4")
+    return _fixed_width_cells(head, fixed_width(values), np.isnan(values))
+
+
+def _fixed_width_cells(head: bytes, rows: Bytes, missing: NDArray[np.bool_]) -> Cells:
+    width = rows.shape[1]
     if not missing.any():
-        return [head, fixed_width(values), CRLF]
-    rows = np.empty((len(values), len(head) + values.itemsize), np.uint8)
-    rows[:] = np.frombuffer(head + bytes(values.itemsize), np.uint8)
-    place(fixed_width(values), rows, len(head))
-    rows[missing, 1] = ord("0")
-    return [ragged(rows, np.where(missing, 4, rows.shape[1])), CRLF]
+        return Cells(width, (rows,), head)
+    body = ragged(rows, np.where(missing, 0, width))
+    return Cells(_uniform(np.where(missing, -1, width)), (body,), head)
 
 
 def whole_numbers(column: pa.Array, dtype: Dtype) -> NDArray[np.int64]:
@@ -172,7 +245,7 @@ def whole_numbers(column: pa.Array, dtype: Dtype) -> NDArray[np.int64]:
     return values.astype(np.int64, copy=False)  # type: ignore[no-any-return]
 
 
-def _integer_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
+def _integer_cells(column: pa.Array, dtype: Dtype) -> Cells | None:
     if not (
         pa.types.is_integer(column.type)
         or pa.types.is_floating(column.type)
@@ -187,50 +260,21 @@ def _integer_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
     return _varint_cells(tag, whole_numbers(column, dtype), missing)
 
 
-def _varint_cells(
-    tag: int, values: NDArray[np.int64], missing: NDArray[np.bool_] | None = None
-) -> list[Piece]:
+def _varint_cells(tag: int, values: NDArray[np.int64], missing: NDArray[np.bool_] | None = None) -> Cells:
     varints, sizes = _varints(values)
-    sizes = sizes + 1
-    # "$n\r\n" or, for a varint of nine bytes and more, "$nn\r\n"; then the tag and the varint.
-    wide = 1 if varints.shape[1] >= 9 else 0
-    rows = np.empty((len(values), 5 + wide + varints.shape[1]), np.uint8)
-    rows[:] = np.frombuffer(b"$" + b"0" * wide + b"0\r\n" + bytes([tag]) + bytes(varints.shape[1]), np.uint8)
-    rows[:, 1 + wide] += (sizes % 10).astype(np.uint8)
-    rows[:, 5 + wide :] = varints
-    if not wide:
-        taken = 4 + sizes
-        if missing is not None and missing.any():
-            rows[missing, 1] = ord("0")
-            taken[missing] = 4
-        return [ragged(rows, taken), CRLF]
-    rows[:, 1] += (sizes // 10).astype(np.uint8)
-    short = sizes < 10
-    # A length of one digit stands one byte further right: move "$" there and start the row at it.
-    rows[short, 1] = ord("$")
-    starts, taken = short.astype(np.int64), 5 + sizes
-    if missing is not None and missing.any():
-        rows[missing, 2] = ord("0")
-        taken[missing] = 5
-    places = np.arange(rows.shape[1])
-    data = rows[(places >= starts[:, None]) & (places < taken[:, None])]
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(taken - starts, out=offsets[1:])
-    cells = pa.Array.from_buffers(BINARY, len(values), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
-    return [cells, CRLF]
+    head = bytes([tag])
+    if missing is None or not missing.any():
+        return Cells(_uniform(sizes), (ragged(varints, sizes),), head)
+    body = ragged(varints, np.where(missing, 0, sizes))
+    return Cells(_uniform(np.where(missing, -1, sizes)), (body,), head)
 
 
-def _bool_cells(column: pa.Array, _: Dtype) -> list[Piece] | None:
+def _bool_cells(column: pa.Array, _: Dtype) -> Cells | None:
     if not pa.types.is_boolean(column.type):
         return None
-    rows = np.empty((len(column), 6), np.uint8)
-    rows[:] = np.frombuffer(b"$2\r\n\x38\x00", np.uint8)
-    rows[:, 5] = column.fill_null(False).cast(pa.uint8()).to_numpy(zero_copy_only=False)
-    if not column.null_count:
-        return [rows, CRLF]
+    values = column.fill_null(False).cast(pa.uint8()).to_numpy(zero_copy_only=False)
     missing = column.is_null().to_numpy(zero_copy_only=False)
-    rows[missing, 1] = ord("0")
-    return [ragged(rows, np.where(missing, 4, 6)), CRLF]
+    return _fixed_width_cells(b"\x38", fixed_width(values), missing)
 
 
 def epoch_seconds(column: pa.Array) -> NDArray[np.int64]:
@@ -247,7 +291,7 @@ def epoch_seconds(column: pa.Array) -> NDArray[np.int64]:
     return np.where(missing, np.int64(layout_cells.NULL_TIMESTAMP), values) if missing.any() else values
 
 
-def _timestamp_value_cells(column: pa.Array, _: Dtype) -> list[Piece] | None:
+def _timestamp_value_cells(column: pa.Array, _: Dtype) -> Cells | None:
     kind = column.type
     if not (
         pa.types.is_timestamp(kind)
@@ -288,25 +332,15 @@ _TEXT_TAGS: dict[Dtype, bytes] = {
 }
 
 
-def _text_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
+def _text_cells(column: pa.Array, dtype: Dtype) -> Cells | None:
     raw = raw_bytes(column, dtype)
-    return None if raw is None else _length_prefixed_cells(_TEXT_TAGS[dtype], raw)
-
-
-def _length_prefixed_cells(tag: bytes, raw: pa.LargeBinaryArray) -> list[Piece]:
-    """Cells of one length-prefixed protobuf field; a null is an empty cell."""
-    sizes = byte_lengths(raw.fill_null(b""))
+    if raw is None:
+        return None
+    tag = _TEXT_TAGS[dtype]
+    lengths = byte_lengths(raw.fill_null(b""))
     if raw.null_count:
-        sizes = np.where(raw.is_null().to_numpy(zero_copy_only=False), -1, sizes)
-        raw = raw.fill_null(b"")
-
-    def head(length: int) -> bytes:
-        if length < 0:
-            return b"$0\r\n"
-        prefix = tag + layout_cells.varint(length)
-        return b"$%d\r\n%b" % (len(prefix) + length, prefix)
-
-    return [by_length(sizes, head), raw, CRLF]
+        lengths = np.where(raw.is_null().to_numpy(zero_copy_only=False), -1, lengths)
+    return Cells(_uniform(lengths), (raw.fill_null(b""),), lambda length: tag + layout_cells.varint(length))
 
 
 _FLOAT_LISTS: dict[Dtype, tuple[bytes, Any]] = {
@@ -315,7 +349,7 @@ _FLOAT_LISTS: dict[Dtype, tuple[bytes, Any]] = {
 }
 
 
-def _float_list_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
+def _float_list_cells(column: pa.Array, dtype: Dtype) -> Cells | None:
     """Lists of floats, such as embeddings: their packed bytes are Arrow's own buffer."""
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
@@ -337,18 +371,14 @@ def _float_list_cells(column: pa.Array, dtype: Dtype) -> list[Piece] | None:
     data = pa.py_buffer(np.ascontiguousarray(values))
     raw = pa.Array.from_buffers(BINARY, len(counts), [None, pa.py_buffer(offsets), data])
 
-    def head(count: int) -> bytes:
-        if count < 0:
-            return b"$0\r\n"
-        size = count * item.itemsize
-        packed = b"\x0a" + layout_cells.varint(size) if count else b""
-        prefix = tag + layout_cells.varint(len(packed) + size) + packed
-        return b"$%d\r\n%b" % (len(prefix) + size, prefix)
+    def head(size: int) -> bytes:
+        packed = b"\x0a" + layout_cells.varint(size) if size else b""
+        return tag + layout_cells.varint(len(packed) + size) + packed
 
-    return [by_length(np.where(missing, -1, counts), head), raw, CRLF]
+    return Cells(_uniform(np.where(missing, -1, counts * item.itemsize)), (raw,), head)
 
 
-_VECTORISED: dict[Dtype, Callable[[pa.Array, Dtype], list[Piece] | None]] = {
+_VECTORISED: dict[Dtype, Callable[[pa.Array, Dtype], Cells | None]] = {
     Dtype.DOUBLE: _float_cells,
     Dtype.FLOAT: _float_cells,
     Dtype.INT32: _integer_cells,
@@ -361,10 +391,10 @@ _VECTORISED: dict[Dtype, Callable[[pa.Array, Dtype], list[Piece] | None]] = {
 }
 
 
-def _cell_by_cell(column: pa.Array, dtype: Dtype) -> list[Piece]:
-    cells = [layout_cells.encode_value(value, dtype) for value in feast_values(column, dtype)]
-    raw = pa.array(cells, BINARY)
-    return [by_length(byte_lengths(raw), lambda size: b"$%d\r\n" % size), raw, CRLF]
+def _cell_by_cell(column: pa.Array, dtype: Dtype) -> Cells:
+    found = [layout_cells.encode_value(value, dtype) for value in feast_values(column, dtype)]
+    raw = pa.array(found, BINARY)
+    return Cells(_uniform(byte_lengths(raw)), (raw,))
 
 
 def feast_values(column: pa.Array, dtype: Dtype | None = None) -> list[Any]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from core import layout, layout_columns
 from core.errors import InvalidEntity, InvalidFeatureValue, InvalidSource
-from core.layout_columns import BINARY, Bytes, Piece
+from core.layout_columns import BINARY, Bytes, Cells, Piece, filtered
 from core.types import Dtype, Field
 
 
@@ -41,6 +41,10 @@ def bulk_string(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
+def _bulk_head(size: int) -> bytes:
+    return b"$%d\r\n" % size
+
+
 @dataclass(frozen=True, slots=True)
 class Commands:
     """One command per row in one buffer; command i is ``data[offsets[i]:offsets[i + 1]]``."""
@@ -50,6 +54,11 @@ class Commands:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def between(self, part: range) -> memoryview:
+        """The bytes of some commands in a row."""
+        start, stop = self.offsets[part.start], self.offsets[part.stop]
+        return memoryview(self.data)[start:stop]  # type: ignore[arg-type]
 
     def chunks(self, size: int) -> Iterator[tuple[memoryview, int]]:
         """Whole commands of about ``size`` bytes together (one at least), and how many they are."""
@@ -72,6 +81,8 @@ class EncodedRows:
         field_count: number of hash fields per row, the timestamp's among them.
         event_ns: each row's event timestamp as stored (rounded down to microseconds, as Feast stores it),
             nanoseconds since the epoch, UTC.
+        cells: what ``fields`` is made of, the name and the cells of each hash field; empty where the rows
+            were encoded one by one.
     """
 
     rows: int
@@ -79,6 +90,7 @@ class EncodedRows:
     fields: tuple[Piece, ...]
     field_count: int
     event_ns: NDArray[np.int64]
+    cells: tuple[tuple[bytes, Cells], ...] = ()
 
     def __len__(self) -> int:
         return self.rows
@@ -88,9 +100,10 @@ class EncodedRows:
         return replace(
             self,
             rows=int(np.count_nonzero(keep)),
-            key=tuple(_filtered(piece, keep) for piece in self.key),
-            fields=tuple(_filtered(piece, keep) for piece in self.fields),
+            key=tuple(filtered(piece, keep) for piece in self.key),
+            fields=tuple(filtered(piece, keep) for piece in self.fields),
             event_ns=self.event_ns[keep],
+            cells=tuple((name, cells.filter(keep)) for name, cells in self.cells),
         )
 
     def keys(self) -> list[bytes]:
@@ -99,12 +112,6 @@ class EncodedRows:
         data = commands.data.tobytes()
         bounds = zip(commands.offsets[:-1].tolist(), commands.offsets[1:].tolist(), strict=True)
         return [data[data.index(b"\n", start) + 1 : stop - 2] for start, stop in bounds]
-
-
-def _filtered(piece: Piece, keep: NDArray[np.bool_]) -> Piece:
-    if isinstance(piece, bytes):
-        return piece
-    return piece[keep] if isinstance(piece, np.ndarray) else piece.filter(pa.array(keep))
 
 
 def assemble(rows: int, *pieces: Piece) -> Commands:
@@ -195,8 +202,8 @@ class RowEncoder:
         self.field_count = 1 + len(self.features)
         self._timestamp_column = timestamp_column
         self._columns = columns or {}
-        self._timestamp_field = bulk_string(layout.timestamp_field(stored_view_name))
-        self._fields = [bulk_string(layout.feature_field(stored_view_name, f.name)) for f in self.features]
+        self._names = [layout.timestamp_field(stored_view_name)]
+        self._names += [layout.feature_field(stored_view_name, f.name) for f in self.features]
 
     def encode(self, batch: pa.RecordBatch | pa.Table) -> EncodedRows:
         """Encode every row of the batch.
@@ -207,11 +214,11 @@ class RowEncoder:
             InvalidFeatureValue: an event timestamp is null, or a value cannot be of its feature's type.
         """
         events = _event_us(self._column(batch, self._timestamp_column), self._timestamp_column)
-        fields: list[Piece] = [self._timestamp_field, *layout_columns.event_cells(events)]
-        for feature, field in zip(self.features, self._fields, strict=True):
+        cells = [layout_columns.event_cells(events)]
+        for feature in self.features:
             column = self._column(batch, self._columns.get(feature.name, feature.name))
             try:
-                cells = layout_columns.cells(column, feature.dtype)
+                cells.append(layout_columns.cells(column, feature.dtype))
             except (InvalidFeatureValue, pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
                 reason = exc.message if isinstance(exc, InvalidFeatureValue) else str(exc)
                 raise InvalidFeatureValue(
@@ -219,13 +226,16 @@ class RowEncoder:
                     column=feature.name,
                     dtype=feature.dtype.name,
                 ) from exc
-            fields += [field, *cells]
+        fields: list[Piece] = []
+        for name, column in zip(self._names, cells, strict=True):
+            fields += [bulk_string(name), *column.framed(_bulk_head, layout_columns.CRLF)]
         return EncodedRows(
             rows=batch.num_rows,
             key=self._key(batch),
             fields=tuple(fields),
             field_count=self.field_count,
             event_ns=events * 1000,
+            cells=tuple(zip(self._names, cells, strict=True)),
         )
 
     def _column(self, batch: pa.RecordBatch | pa.Table, name: str) -> pa.Array:
@@ -264,7 +274,7 @@ class RowEncoder:
         if not variable:
             return (b"$%d\r\n" % constant, *pieces)
         return (
-            layout_columns.by_length(np.sum(variable, axis=0) + constant, lambda size: b"$%d\r\n" % size),
+            layout_columns.by_length(np.sum(variable, axis=0) + constant, _bulk_head),
             *pieces,
         )
 

@@ -85,9 +85,9 @@ def stored(server: Valkey) -> dict[int, tuple[int | None, float]]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "restore_rows"), [(0, 1 << 30), (1, 1 << 30), (2, 1 << 30), (3, 1), (4, 1)])
 def test_a_materialization_and_pushes_leave_the_newest_row_of_every_key(
-    server: Valkey, tmp_path: Path, seed: int
+    server: Valkey, tmp_path: Path, seed: int, restore_rows: int
 ) -> None:
     """Few distinct event times, so that many rows tie and the created time decides."""
     rng = random.Random(seed)
@@ -107,7 +107,8 @@ def test_a_materialization_and_pushes_leave_the_newest_row_of_every_key(
     pushed = [(user, version(user)) for user in rng.choices(range(USERS), k=4 * USERS)]
     repo = pushable_repository(tmp_path, server)
     pushing = context().Process(target=push, args=(repo.path, pushed, 40), daemon=True)
-    with materializing(repo.path, NOW, chunk_rows=200, slice_rows=20) as (process, answers):
+    options = {"chunk_rows": 200, "slice_rows": 20, "restore_rows": restore_rows}
+    with materializing(repo.path, NOW, **options) as (process, answers):
         pushing.start()
         (report,) = answers.get()
         process.join(60)

@@ -21,6 +21,7 @@ def run_materialize(
     path: Path, end: datetime, chunk_rows: int, slice_rows: int, answers: Any, options: dict[str, Any]
 ) -> None:
     """Materialize the repository at ``path`` and put the reports as JSON into ``answers``."""
+    import core.restore
     import core.write
     import materialization.load
     from core.repository import FeastRepository
@@ -28,6 +29,7 @@ def run_materialize(
 
     materialization.load.CHUNK_ROWS = chunk_rows
     core.write.SLICE_ROWS = slice_rows
+    core.restore.LEAST_ROWS = options.pop("restore_rows", 1)  # so that small chunks are restored too
     report = materialize(FeastRepository.open(path), end=end, **options)
     answers.put([view.as_json() for view in report.views])
 
