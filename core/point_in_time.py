@@ -2,11 +2,11 @@
 
 Pure DuckDB and Arrow: knows scans, keys and timestamps; knows no Feast and no file.
 
-Per view, the source is read twice. The first time keys and timestamps only: a join with the numbered keys of
-the entity rows and the range of their timestamps cut it down to candidates, an ASOF join finds for each
-entity row the timestamp of its newest candidate, and ties are settled among the candidates. The second time
-the features of exactly those rows, by their place in the files. The cost is linear in rows plus events (a
-sort of what the cuts leave), and no feature is ever sorted but those of the result.
+Per view, the source is read twice. The first time keys and timestamps only: a join with the numbered
+keys of the entity rows and the range of their timestamps cut it down to candidates, an ASOF join finds
+for each entity row the timestamp of its newest candidate, and ties are settled among the candidates. The
+second time the features of exactly those rows, by their place in the files. The cost is linear in rows
+plus events (a sort of what the cuts leave), and no feature is ever sorted but those of the result.
 
 Times are compared as integers since the epoch, in nanoseconds where the source has them and in
 microseconds otherwise, so that neither side is rounded.
