@@ -46,6 +46,9 @@ bench-serving: $(READY)  ## Measure the server beside feast serve and its limits
 bench-materialize: $(READY)  ## Measure loads beside feast materialize and a raw pipe (ARGS="--rows 100000")
 	$(BIN)/python bench/materialize.py --memory-rows 10000000 --keep $(ARGS)
 
+bench-historical: $(READY)  ## Measure point-in-time joins beside Feast's offline stores, raw DuckDB and polars
+	$(BIN)/python bench/historical.py $(ARGS)
+
 bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a second
 	$(BIN)/python bench/stream.py $(ARGS)
 
@@ -56,4 +59,5 @@ lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
-.PHONY: help install demo test unit lint check format bench-materialize bench-serving bench-stream bench-soak lock
+.PHONY: help install demo test unit lint check format bench-historical bench-materialize bench-serving \
+  bench-stream bench-soak lock

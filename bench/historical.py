@@ -1,10 +1,16 @@
 """Historical retrieval: Banquet's offline store against Feast's two, raw DuckDB and polars.
 
-    python bench/historical.py [--shapes 100kx1M,1Mx1M,dense-30k] [--rounds 3] [--keep] [--scratch DIR]
+    python bench/historical.py [--shapes 1Mx1M,dense-30k] [--rounds 3] [--parts compare,growth] [--dry]
 
-Every contender runs in a process of its own, in turns, on the same Parquet files; the clock covers the
-retrieval from the call to the Arrow table, not the imports. Every result is compared with Banquet's, row
-by row and value by value; what differs is counted and reported. Only ratios taken in one run count.
+Every contender runs in a process of its own, in turns, on the same Parquet files. The clock covers the first
+retrieval of the process, as a training job has it, from the call to the Arrow table; what is imported before
+the call is left out, what a store imports in it counts. Every result is compared with Banquet's, row by row
+and value by value; what differs is counted. A ratio is the median of the ratios within each round: on a busy
+machine only they count, and CPU seconds more than seconds. A process may use ``--memory-gb`` and
+``--timeout``; one that needs more, or takes longer than ``--once-over``, runs once.
+
+``growth`` runs Banquet alone on dense keys while entity rows and then events double, and fits its CPU seconds
+to a + b * rows + c * events.
 
 Feast's duckdb store needs ibis-framework[duckdb], and polars is a contender of its own: both come from a
 virtual environment under the scratch folder that sees this one's packages (made on the first run; without
@@ -35,9 +41,11 @@ sys.path.insert(0, str(ROOT / "bench"))
 import report  # noqa: E402 — the folder is no package: its files are scripts
 
 DIFFERENCES = ("rows_lost", "rows_different", "rows_out_of_place")
-CONTENDERS = ("banquet", "duckdb", "polars", "feast-duckdb", "feast-dask")
+CONTENDERS = ("banquet", "banquet-256mb", "duckdb", "polars", "feast-duckdb", "feast-dask")
 NEEDS_EXTRA = {"polars", "feast-duckdb"}
-DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-3k,dense-10k,dense-30k"
+DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-3k,dense-10k,dense-30k,dense-300k"
+# Dense keys: entity rows double, then events.
+GROWTH = [(30_000 << n, 340_000) for n in range(4)] + [(30_000, 340_000 << n) for n in range(1, 4)]
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,21 @@ class Shape:
 
 
 def shape(name: str) -> Shape:
-    """``<rows>x<events>``: two views of 13 features, 3 events per key. ``dense-<rows>``: 16 keys and more."""
+    """``<rows>x<events>``: two views of 13 features, 3 events per key. ``dense-<rows>``: 16 keys and more.
+
+    ``dense-<rows>x<events>`` has another number of events per view than 340,000.
+    """
     if name.startswith("dense-"):
-        year: dict[str, Any] = {"days": 365, "features": 5}
+        rows, events = map(_number, f"{name.removeprefix('dense-')}x340k".split("x")[:2])
+        year: dict[str, Any] = {"days": 365, "features": 5, "events": events}
         return Shape(
             name,
-            _number(name.removeprefix("dense-")),
+            rows,
             365,
             (
-                View("store", "store_id", 16, 340_000, ttl=timedelta(days=30), **year),
-                View("product", "product_id", 4_000, 340_000, ttl=timedelta(days=30), **year),
-                View("user", "user_id", 2_500, 340_000, ttl=timedelta(days=90), **year),
+                View("store", "store_id", 16, ttl=timedelta(days=30), **year),
+                View("product", "product_id", 4_000, ttl=timedelta(days=30), **year),
+                View("user", "user_id", 2_500, ttl=timedelta(days=90), **year),
             ),
         )
     rows, events = map(_number, name.split("x"))
@@ -173,6 +185,11 @@ def _feast(case: Shape, folder: Path, store_type: dict[str, Any]) -> Callable[[]
 def banquet(case: Shape, folder: Path) -> Callable[[], Any]:
     """Banquet's plugin, through Feast."""
     return _feast(case, folder, {"type": "core.offline.BanquetOfflineStore"})
+
+
+def banquet_256mb(case: Shape, folder: Path) -> Callable[[], Any]:
+    """Banquet's plugin where DuckDB may use 256 MB: the rest goes to disk."""
+    return _feast(case, folder, {"type": "core.offline.BanquetOfflineStore", "memory_limit": "256MB"})
 
 
 def feast_duckdb(case: Shape, folder: Path) -> Callable[[], Any]:
@@ -278,67 +295,137 @@ def extra_python(scratch: Path) -> Path | None:
     return python
 
 
-def measure(case: Shape, names: list[str], scratch: Path, rounds: int, timeout: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Bench:
+    """Where the files are, and what a process may use."""
+
+    scratch: Path
+    timeout: int
+    memory_gb: float
+
+    def run(self, python: Path, name: str, case: Shape) -> dict[str, Any]:
+        """One contender once; ``failed`` says why there is no result."""
+        self.result(name).unlink(missing_ok=True)
+        command = [str(python), __file__, "--child", name, "--shapes", case.name]
+        command += ["--scratch", str(self.scratch), "--result", str(self.result(name))]
+        limit = int(self.memory_gb * 1e9)
+        try:
+            child = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "FEAST_USAGE": "False"},
+                timeout=self.timeout,
+                # Data, not address space: DuckDB and Arrow reserve far more than they use.
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"over {self.timeout} s"}
+        if not child.returncode:
+            found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
+            return found
+        said = child.stderr.strip().splitlines() or ["killed"]
+        full = ("MemoryError", "bad_alloc", "OutOfMemory", "Unable to allocate", "malloc", "realloc")
+        if child.returncode < 0 or any(word in line for word in full for line in said[-5:]):
+            return {"failed": f"out of memory at {self.memory_gb:g} GB"}
+        return {"failed": said[-1][:160]}
+
+    def result(self, name: str) -> Path:
+        """Where a contender leaves its rows."""
+        return self.scratch / f"result-{name}.parquet"
+
+
+def measure(
+    bench: Bench, case: Shape, names: list[str], rounds: int, once_over: float
+) -> list[dict[str, Any]]:
     """Every contender ``rounds`` times, in turns."""
-    generate(case, scratch)
-    extra = extra_python(scratch) if NEEDS_EXTRA & set(names) else None
+    generate(case, bench.scratch)
+    extra = extra_python(bench.scratch) if NEEDS_EXTRA & set(names) else None
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
+    counted: dict[str, dict[str, int]] = {}
     for _ in range(rounds):
         for name in names:
             python = extra if name in NEEDS_EXTRA else Path(sys.executable)
             if python is None:
                 failed[name] = "not installed"
-            if name in failed:
+            if name in failed or any(run["seconds"] > once_over for run in runs[name]):
                 continue
-            output = scratch / f"result-{name}.parquet"
-            command = [
-                str(python),
-                __file__,
-                "--child",
-                name,
-                "--shapes",
-                case.name,
-                "--scratch",
-                str(scratch),
-            ]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "FEAST_USAGE": "False"}
-            try:
-                child = subprocess.run(
-                    [*command, "--result", str(output)],
-                    capture_output=True,
-                    text=True,
-                    env=environment,
-                    timeout=timeout,
-                )
-            except subprocess.TimeoutExpired:
-                failed[name] = f"over {timeout} s"
+            found = bench.run(python, name, case)
+            print(f"  {case.name} {name}: {found.get('failed') or found['seconds']}", file=sys.stderr)
+            if "failed" in found:
+                failed[name] = found["failed"]
                 continue
-            if child.returncode:
-                last = (child.stderr.strip().splitlines() or ["killed"])[-1]
-                failed[name] = "out of memory" if child.returncode == -9 else last[:160]
-                continue
-            runs[name].append(json.loads(child.stdout.strip().splitlines()[-1]))
-            print(f"  {case.name} {name}: {runs[name][-1]['seconds']:.2f} s", file=sys.stderr)
-    results = []
-    for name in names:
-        row: dict[str, Any] = {"shape": case.name, "contender": name}
-        if name in failed and not runs[name]:
-            row["failed"] = failed[name]
-        else:
-            row["seconds"] = statistics.median(run["seconds"] for run in runs[name])
-            row["cpu_seconds"] = statistics.median(run["cpu_seconds"] for run in runs[name])
-            row["all_seconds"] = [round(run["seconds"], 3) for run in runs[name]]
-            row["peak_mb"] = round(max(run["peak_mb"] for run in runs[name]))
-            ours = scratch / "result-banquet.parquet"
-            if ours.exists() and name != "banquet":
-                row |= differences(case, ours, scratch / f"result-{name}.parquet")
-        results.append(row)
-    fastest = next((row.get("seconds") for row in results if row["contender"] == "banquet"), None)
-    for row in results:
-        if fastest and "seconds" in row:
-            row["ratio_to_banquet"] = round(row["seconds"] / fastest, 2)
-    return results
+            runs[name].append(found)
+            if name != "banquet" and name not in counted and runs.get("banquet"):
+                counted[name] = differences(case, bench.result("banquet"), bench.result(name))
+    return [
+        _summary(case, name, runs[name], runs.get("banquet", []), failed.get(name)) | counted.get(name, {})
+        for name in names
+    ]
+
+
+def _summary(
+    case: Shape, name: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]], failed: str | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"shape": case.name, "contender": name}
+    if not runs:
+        return row | {"failed": failed}
+    for key in ("seconds", "cpu_seconds"):
+        row[key] = statistics.median(run[key] for run in runs)
+        row[f"all_{key}"] = [round(run[key], 3) for run in runs]
+        if ours:
+            # A contender that ran once ran in the first round.
+            row[f"{key}_to_banquet"] = statistics.median(
+                run[key] / our[key] for run, our in zip(runs, ours, strict=False)
+            )
+    return row | {"peak_mb": round(max(run["peak_mb"] for run in runs))}
+
+
+def growth(bench: Bench, rounds: int) -> dict[str, Any]:
+    """CPU seconds of Banquet while rows and events double, and the plane through them."""
+    import numpy as np
+
+    taken: dict[tuple[int, int], list[float]] = {size: [] for size in GROWTH}
+    for _ in range(rounds):
+        for rows, events in GROWTH:
+            case = shape(f"dense-{rows}x{events}")
+            generate(case, bench.scratch)
+            found = bench.run(Path(sys.executable), "banquet", case)
+            taken[rows, events].append(found["cpu_seconds"])
+            print(f"  {rows:,} rows x {events:,} events: {found['cpu_seconds']:.2f} s CPU", file=sys.stderr)
+    seconds = {size: statistics.median(times) for size, times in taken.items()}
+    sizes = np.array([[1, rows, 3 * events] for rows, events in seconds])
+    measured = np.array(list(seconds.values()))
+    plane, *_ = np.linalg.lstsq(sizes, measured, rcond=None)
+    fitted = sizes @ plane
+    return {
+        "cpu_seconds": [
+            {"rows": rows, "events_per_view": events, "measured": time, "fitted": float(fit)}
+            for ((rows, events), time), fit in zip(seconds.items(), fitted, strict=True)
+        ],
+        "constant_seconds": float(plane[0]),
+        "seconds_per_million_rows": float(plane[1] * 1e6),
+        "seconds_per_million_events": float(plane[2] * 1e6),
+        "r_squared": float(1 - ((measured - fitted) ** 2).sum() / ((measured - measured.mean()) ** 2).sum()),
+    }
+
+
+def growth_text(found: dict[str, Any]) -> str:
+    """The growth as Markdown."""
+    rows = [
+        [f"{row['rows']:,}", f"{row['events_per_view']:,}", f"{row['measured']:.2f}", f"{row['fitted']:.2f}"]
+        for row in found["cpu_seconds"]
+    ]
+    constant, by_rows, by_events = (
+        found[name] for name in ("constant_seconds", "seconds_per_million_rows", "seconds_per_million_events")
+    )
+    plane = (
+        f"CPU seconds = {constant:.2f} + {by_rows:.2f} per million rows + {by_events:.2f} per million events "
+        f"(of three views); R² {found['r_squared']:.3f}."
+    )
+    header = ["entity rows, dense keys", "events per view", "CPU seconds", "by the plane"]
+    return f"{report.table(header, rows)}\n\n{plane}"
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -346,26 +433,37 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for row in results:
         if "failed" in row:
-            rows.append([row["shape"], row["contender"], row["failed"], *[""] * 6])
+            rows.append([row["shape"], row["contender"], row["failed"], *[""] * 7])
             continue
-        measured = [f"{row[name]:.2f}" for name in ("seconds", "cpu_seconds")]
+        once = "" if len(row["all_seconds"]) > 1 else " (once)"
+        ratios = [_times(row.get(f"{key}_to_banquet")) for key in ("seconds", "cpu_seconds")]
         counted = [f"{row[name]:,}" if name in row else "" for name in DIFFERENCES]
-        ratio = f"{row['ratio_to_banquet']:.2f}" if "ratio_to_banquet" in row else ""
-        rows.append([row["shape"], row["contender"], *measured, ratio, f"{row['peak_mb']:,}", *counted])
-    header = ["rows x events", "", "seconds", "CPU seconds", "times Banquet", "peak MB"]
+        measured = [f"{row['seconds']:.2f}{once}", ratios[0], f"{row['cpu_seconds']:.2f}", ratios[1]]
+        rows.append([row["shape"], row["contender"], *measured, f"{row['peak_mb']:,}", *counted])
+    header = ["rows x events", "", "seconds", "to Banquet", "CPU seconds", "to Banquet", "peak MB"]
     return report.table([*header, "rows lost", "values different", "out of place"], rows)
 
 
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
 def main() -> None:
+    """Measure what was asked for, print it, keep it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--parts", default="compare,growth")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=int, default=300, help="seconds per run")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds of one process")
+    parser.add_argument("--memory-gb", type=float, default=12.0, help="of one process")
+    parser.add_argument("--once-over", type=float, default=15.0, help="seconds after which one run is enough")
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "banquet-bench-historical"
     )
-    parser.add_argument("--keep", action="store_true", help="write bench/results and the tables in docs")
+    parser.add_argument("--dry", action="store_true", help="print only; leave results and documents alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -374,27 +472,36 @@ def main() -> None:
         run_one(options.child, shapes[0], options.scratch, options.result)
         return
     options.scratch.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    for case in shapes:
+    bench = Bench(options.scratch, options.timeout, options.memory_gb)
+    record: dict[str, Any] = {
+        "machine": report.machine(),
+        "rounds": options.rounds,
+        "memory_gb": options.memory_gb,
+        "timeout_seconds": options.timeout,
+        "shapes": [asdict(case) for case in shapes],
+    }
+    parts, texts = options.parts.split(","), []
+    if "compare" in parts:
         names = options.contenders.split(",")
-        results += measure(case, names, options.scratch, options.rounds, options.timeout)
-    text = table(results)
+        record["results"] = [
+            row for case in shapes for row in measure(bench, case, names, options.rounds, options.once_over)
+        ]
+        texts.append(table(record["results"]))
+    if "growth" in parts:
+        record["growth"] = growth(bench, options.rounds)
+        texts.append(growth_text(record["growth"]))
+    text = "\n\n".join(texts)
     print(text)
-    if options.keep:
-        record = {
-            "machine": report.machine(),
-            "rounds": options.rounds,
-            "shapes": [asdict(case) for case in shapes],
-            "results": results,
-        }
-        report.write_json("historical", record)
-        groups: dict[str, dict[str, float]] = {}
-        for row in results:
-            if "seconds" in row:
-                groups.setdefault(row["shape"], {})[row["contender"]] = row["seconds"]
+    if options.dry:
+        return
+    report.write_json("historical", record)
+    groups: dict[str, dict[str, float]] = {}
+    for row in record.get("results", ()):
+        if "seconds" in row:
+            groups.setdefault(row["shape"], {})[row["contender"]] = row["seconds"]
+    if groups:
         report.bar_chart("historical", "Historical retrieval, entity rows x events", "seconds", groups)
-        for document in ("performance.md", "offline-store.md"):
-            report.replace_section(ROOT / "docs" / document, "historical", text)
+    report.replace_section(ROOT / "docs" / "offline-store.md", "historical", text)
 
 
 if __name__ == "__main__":

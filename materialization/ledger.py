@@ -40,14 +40,16 @@ class Loaded:
     """What the view's rows in Redis came from.
 
     Every row of the source with an event timestamp up to ``event_us`` and, where the source has created
-    timestamps, created up to ``arrived_ns`` has been offered to Redis. ``definition`` and ``source`` are
-    digests of the view's definition and of the source's files at that time.
+    timestamps, created up to ``arrived_ns`` has been offered to Redis, unless it was older than ``ttl_us``
+    (microseconds; 0: none was; None: not recorded). ``definition`` and ``source`` are digests of the
+    view's definition and of the source's files at that time.
     """
 
     definition: str
     event_us: int
     arrived_ns: int | None
     source: str | None
+    ttl_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,8 @@ class Unfinished:
     """A run that has begun and not ended: its plan, and how far it came.
 
     ``plan`` is a digest of everything that decides which row is staged where, ``rows_done`` how many of them
-    from the first on are in Redis. ``arrived_ns`` and
-    ``source`` are those that ``Loaded`` will have; ``complete`` says whether it will be recorded at all;
-    ``kind`` is ``plan.Due.kind``.
+    from the first on are in Redis. ``arrived_ns``, ``source`` and ``ttl_us`` are those that ``Loaded`` will
+    have; ``complete`` says whether it will be recorded at all; ``kind`` is ``plan.Due.kind``.
     """
 
     plan: str | None
@@ -68,6 +69,7 @@ class Unfinished:
     kind: str
     arrived_ns: int | None
     source: str | None
+    ttl_us: int | None = None
     rows_done: int = 0
 
 

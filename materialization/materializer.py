@@ -26,7 +26,7 @@ from materialization.gate import GateResult, Limits, judge
 from materialization.ledger import Ledger, Loaded, Unfinished
 from materialization.load import load, row_encoder
 from materialization.memory import SAMPLE_ROWS, estimate_bytes
-from materialization.plan import WHOLE, Due, due, due_window, plan_digest
+from materialization.plan import MICROSECOND, WHOLE, Due, due, due_window, plan_digest
 from materialization.processes import scratch_folder
 from materialization.report import Observer, Progress, ViewReport, joined
 from materialization.window import Staged, ViewSource, Window, partitions_for
@@ -258,6 +258,9 @@ class _Task:
         return self._materializer.open_source(self._con, self._view, window)
 
     def _judge(self, wanted: Due, source: ViewSource, staged: Staged, nameless: int) -> GateResult:
+        loaded = self._ledger.loaded()
+        # Under another ttl another share of the rows counts: nothing to compare their number with.
+        same_ttl = loaded is None or loaded.ttl_us in (None, self._ttl // MICROSECOND)
         gate = judge(
             staged,
             source.feature_types,
@@ -265,7 +268,7 @@ class _Task:
             end_us=wanted.window.end_us,
             whole=wanted.kind == WHOLE,
             nameless=nameless,
-            reference=self._ledger.recall(_reference(wanted.kind)),
+            reference=self._ledger.recall(_reference(wanted.kind)) if same_ttl else None,
         )
         return replace(gate, forced=self._request.force and not gate.passed)
 
@@ -297,6 +300,7 @@ class _Task:
             # A clock ahead of ours must not hide what arrives until ours has caught up.
             arrived_ns=min(max(arrived), time.time_ns()) if arrived else None,
             source=self._source,
+            ttl_us=self._ttl // MICROSECOND,
         )
 
     def _load(self, run: Unfinished, staged: Staged, fence: Fence, *, gate: GateResult | None) -> ViewReport:
@@ -320,7 +324,7 @@ class _Task:
             witnesses = row_encoder(writer.project, staged.view).encode(staged.sample(_WITNESSES)).keys()
         loaded = None
         if run.complete:
-            loaded = Loaded(self._definition, run.window.end_us, run.arrived_ns, run.source)
+            loaded = Loaded(self._definition, run.window.end_us, run.arrived_ns, run.source, run.ttl_us)
         report = self._report(run, staged, result, gate=gate)
         records: dict[str, Any] = {"report": {**report.as_json(), "at": datetime.now(UTC).isoformat()}}
         newest = [

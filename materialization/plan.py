@@ -16,6 +16,7 @@ from materialization.window import Window
 # A row may become visible some time after it was stamped: created timestamps this much older than the
 # newest one that was loaded count as new. Offering a row twice changes nothing.
 ARRIVAL_OVERLAP = timedelta(hours=1)
+MICROSECOND = timedelta(microseconds=1)
 
 FIRST_LOAD = "first load"
 INCREMENTAL = "incremental"
@@ -55,7 +56,7 @@ def due(
 
     Rows that are older than ``ttl`` at ``end_us`` are left out, as in Feast: they have expired.
     """
-    start_us = end_us - ttl // timedelta(microseconds=1) if ttl else None
+    start_us = end_us - ttl // MICROSECOND if ttl else None
 
     def everything(reason: str) -> Due:
         return Due(Window(start_us, end_us), reason, complete=True, kind=WHOLE)
@@ -66,13 +67,15 @@ def due(
         return everything("full reload: the definition has changed")
     if rows_are_gone:
         return everything("full reload: the rows are gone from Redis")
+    if _raised(loaded, ttl):
+        return everything("full reload: the ttl was raised")
     if end_us <= loaded.event_us:
         end_us = loaded.event_us
     unchanged = source is not None and source == loaded.source
     if unchanged:
         return Due(Window(start_us, end_us, loaded.event_us), INCREMENTAL, complete=True, kind=NEW_ROWS)
     if dated and loaded.arrived_ns is not None:
-        arrived_ns = loaded.arrived_ns - ARRIVAL_OVERLAP // timedelta(microseconds=1) * 1000
+        arrived_ns = loaded.arrived_ns - ARRIVAL_OVERLAP // MICROSECOND * 1000
         window = Window(start_us, end_us, loaded.event_us, arrived_ns)
         return Due(window, INCREMENTAL_LATE, complete=True, kind=NEW_ROWS)
     if source is not None:
@@ -86,10 +89,18 @@ def due_window(
 ) -> Due:
     """The load of a window that the caller names."""
     window = Window(start_us, end_us)
-    if start_us is None or (ttl and start_us <= end_us - ttl // timedelta(microseconds=1)):
+    if start_us is None or (ttl and start_us <= end_us - ttl // MICROSECOND):
         return Due(window, WINDOW, complete=loaded is None or end_us >= loaded.event_us, kind=ASKED)
-    joined = loaded is not None and loaded.definition == definition and start_us <= loaded.event_us <= end_us
+    same = loaded is not None and loaded.definition == definition and not _raised(loaded, ttl)
+    joined = loaded is not None and same and start_us <= loaded.event_us <= end_us
     return Due(window, WINDOW, complete=joined, kind=ASKED)
+
+
+def _raised(loaded: Loaded, ttl: timedelta) -> bool:
+    """Whether rows count now that were too old for the last load, or were cleaned away since as expired."""
+    if not loaded.ttl_us:
+        return False
+    return not ttl or ttl // MICROSECOND > loaded.ttl_us
 
 
 def plan_digest(window: Window, *, definition: str, source: str | None, **staging: object) -> str | None:

@@ -204,6 +204,23 @@ def test_rows_older_than_the_ttl_are_left_out(server: Valkey, tmp_path: Path) ->
     assert values(repo, [1, 2]) == [1.0, None]
 
 
+def test_rows_that_a_raised_ttl_makes_count_are_loaded_by_the_next_run(
+    server: Valkey, tmp_path: Path
+) -> None:
+    write_rows(
+        tmp_path / "e.parquet", [(1, "2026-03-01", "2026-03-01", 1.0), (2, "2026-04-20", "2026-04-20", 2.0)]
+    )
+    repo = repository(tmp_path / "repo", server)
+    repo.store().apply([USER, a_view(tmp_path / "e.parquet", ttl=timedelta(days=20))])
+    assert load(repo).written == 1
+    assert values(repo, [1, 2]) == [None, 2.0]
+    repo.store().apply([USER, a_view(tmp_path / "e.parquet", ttl=timedelta(days=200))])
+    later = load(repo, NOW + timedelta(hours=1))
+    assert (later.reason, later.rows) == ("full reload: the ttl was raised", 2)
+    assert values(repo, [1, 2]) == [1.0, 2.0]
+    assert load(repo, NOW + timedelta(hours=2)).reason == "incremental"
+
+
 def test_a_pushed_row_is_not_replaced_by_an_older_one(repo: FeastRepository) -> None:
     pushed = pd.DataFrame({"user_id": [1], "event_timestamp": [NOW], "created": [NOW], "value": [99.0]})
     repo.store().write_to_online_store("behavior", pushed)

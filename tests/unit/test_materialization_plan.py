@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -76,6 +77,26 @@ def test_a_source_that_cannot_be_seen_and_has_no_created_timestamps_brings_new_r
 def test_expired_rows_are_left_out() -> None:
     assert planned(None, ttl=timedelta(days=10)).window.start_us == 100 * DAY_US
     assert planned(ttl=timedelta(days=10)).window.start_us == 100 * DAY_US
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "whole"),
+    [(10, 20, True), (10, 0, True), (10, 10, False), (10, 5, False), (0, 20, False), (None, 20, False)],
+)
+def test_a_raised_ttl_brings_back_the_rows_that_were_too_old(
+    before: int | None, now: int, whole: bool
+) -> None:
+    """0 days: no row is ever too old; None: a ledger that does not know."""
+    loaded = replace(LOADED, ttl_us=None if before is None else before * DAY_US)
+    found = planned(loaded, ttl=timedelta(days=now))
+    assert (found.kind == WHOLE) is whole
+    assert found.window.start_us == (END - now * DAY_US if now else None)
+    assert (found.window.after_us is None) is whole
+    # Nor does a window that continues the old rows close the gap before them.
+    window = due_window(
+        loaded, definition="d1", ttl=timedelta(days=now), start_us=100 * DAY_US - 1, end_us=101 * DAY_US
+    )
+    assert window.complete is not whole
 
 
 def test_the_watermark_never_moves_back() -> None:
