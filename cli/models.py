@@ -187,8 +187,8 @@ def history(ctx: Context, name: str) -> None:
     data = [change_data(change) for change in changes]
     lines = []
     for c in changes:
-        when, aliases = f"{c.when:%Y-%m-%d %H:%M:%S}", _aliases_text(c.aliases)
-        lines.append("  ".join((f"{c.number:>4}", when, c.who, c.action, aliases, c.why)).rstrip())
+        when = f"{c.when:%Y-%m-%d %H:%M:%S}"
+        lines.append("  ".join((f"{c.number:>4}", when, c.who, c.action, _traffic_text(c), c.why)).rstrip())
     ctx.report(data, "\n".join(lines) or f"Model {name!r} has no history.")
 
 
@@ -294,11 +294,7 @@ def pins(ctx: Context, references: tuple[str, ...]) -> None:
 
 def report_change(ctx: Context, name: str, change: Change) -> None:
     """What a change left: aliases and rollout."""
-    text = f"{name}: {_aliases_text(change.aliases)}"
-    if change.rollout is not None:
-        rollout = change.rollout
-        text += f"; {rollout.kind} of version {rollout.version} at {rollout.step.percent:g} %"
-    ctx.report(change_data(change), text)
+    ctx.report(change_data(change), f"{name}: {_traffic_text(change)}")
 
 
 def change_data(change: Change) -> dict[str, Any]:
@@ -309,6 +305,13 @@ def change_data(change: Change) -> dict[str, Any]:
 
     data: dict[str, Any] = json.loads(records.to_json(change))
     return data
+
+
+def _traffic_text(change: Change) -> str:
+    text, rollout = _aliases_text(change.aliases), change.rollout
+    if rollout is None:
+        return text
+    return f"{text}; {rollout.kind} of version {rollout.version} at {rollout.step.percent:g} %"
 
 
 def _aliases_text(aliases: Mapping[str, int]) -> str:

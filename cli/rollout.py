@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.main import Context, main
-from cli.models import open_registry, report_change
+from cli.models import change_data, open_registry, report_change
 from core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -168,10 +168,9 @@ def _require(registry: ModelRegistry, name: str) -> None:
 
 def _report_none(ctx: Context, registry: ModelRegistry, name: str) -> None:
     """No rollout is under way: how the last one ended."""
-    from cli.models import change_data
-
-    changes = registry.history(name)
-    last = changes[-1] if changes else None
+    last = registry.latest(name)
+    if last is None:
+        registry.require(name)
     text = f"{name}: no rollout under way."
     if last is not None:
         text += f" Last change: {last.action} by {last.who}, {last.when:%Y-%m-%d %H:%M:%S} UTC. {last.why}"
@@ -183,14 +182,31 @@ def _status_text(sight: Sight) -> str:
     step, number = rollout.step, rollout.position + 1
     lines = [
         f"{sight.model}: {rollout.kind} of version {rollout.version} beside {rollout.champion}, "
-        f"step {number} of {len(rollout.steps)}, {step.percent:g} %",
-        f"  rows       champion {sight.champion.rows:,}, challenger {sight.challenger.rows:,} "
-        f"(a look at {step.min_rows:,} and at each doubling)",
-        f"  verdict    {sight.verdict.decision}" + ("" if rollout.automatic else " (a person decides)"),
+        f"step {number} of {len(rollout.steps)}, {step.percent:g} %, for {sight.seconds:.0f} s",
+        f"  rows      champion {sight.champion.rows:,}, challenger {sight.challenger.rows:,}",
+        f"  judge     {_judge_text(sight)}",
     ]
     marks = {"pass": "ok", "fail": "FAIL", "inconclusive": "open"}
     if sight.compared.rows:
         compared = sight.compared
-        lines.append(f"  compared   {compared.rows:,} rows, {compared.agreement:.2%} alike")
-    lines += [f"  {marks[finding.outcome]:<5}{finding.text}" for finding in sight.verdict.findings]
+        lines.append(f"  compared  {compared.rows:,} rows, {compared.agreement:.2%} of them alike")
+    lines += [f"  {marks[finding.outcome]:<10}{finding.text}" for finding in sight.verdict.findings]
     return "\n".join(lines)
+
+
+def _judge_text(sight: Sight) -> str:
+    """What the judge said last and what it waits for."""
+    from core import rollouts
+
+    rollout, step = sight.rollout, sight.rollout.step
+    if not rollout.automatic:
+        return f"would say {sight.verdict.decision}; the rollout is manual: a person decides"
+    rows = rollouts.next_look_rows(rollout, sight.last)
+    looks = f"look {sight.last} of {rollouts.planned_looks(rollout)}"
+    if rows is None:
+        return f"{sight.said} at {looks}, the last of this step: a person decides, advance or abort"
+    waits = [f"{rows:,} rows of the challenger"] if sight.challenger.rows < rows else []
+    if sight.seconds < step.min_seconds:
+        waits.append(f"{step.min_seconds - sight.seconds:.0f} s more")
+    waiting = f"waits for {' and '.join(waits)}" if waits else "is about to look"
+    return waiting if sight.last is None else f"{sight.said} at {looks}; {waiting}"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from core import contract, layout
@@ -50,6 +50,30 @@ class FeatureVectors:
             statuses={name: column and column[start:stop] for name, column in self.statuses.items()},
             event_ns={name: column[start:stop] for name, column in self.event_ns.items()},
             errors={row - start: error for row, error in self.errors.items() if start <= row < stop},
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[FeatureVectors]) -> FeatureVectors:
+        """The rows of several reads of one plan, in order; there must be one."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        present = FeatureStatus.PRESENT
+        statuses: dict[str, list[FeatureStatus] | None] = {}
+        for name in first.statuses:
+            columns = [part.statuses[name] or [present] * part.rows for part in parts]
+            some = any(part.statuses[name] for part in parts)
+            statuses[name] = list(chain.from_iterable(columns)) if some else None
+        errors, start = {}, 0
+        for part in parts:
+            errors.update({start + row: error for row, error in part.errors.items()})
+            start += part.rows
+        return cls(
+            rows=start,
+            values={name: [v for part in parts for v in part.values[name]] for name in first.values},
+            statuses=statuses,
+            event_ns={view: [t for part in parts for t in part.event_ns[view]] for view in first.event_ns},
+            errors=errors,
         )
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from core import traffic
-from core.errors import Conflict, ModelNotFound
+from core.errors import Conflict, InvalidRequest, ModelNotFound
 from core.judge import Limits
 from core.manifest import ModelManifest
 from core.registry import CHALLENGER, CHAMPION, Change, ModelRegistry
@@ -40,10 +40,18 @@ def start(
     Raises:
         ModelNotFound: there is no such model or version, or no challenger.
         Conflict: a rollout is under way, or the two versions cannot answer the same requests.
-        InvalidRequest: the steps or the limits are not valid.
+        InvalidRequest: the steps or the limits are not valid, or the judge could never promote.
     """
     Limits.from_json(limits or {})
+    if automatic and kind == "canary" and steps and steps[0].percent == 100:
+        raise InvalidRequest(
+            "A canary that starts at 100 % has no champion beside it, so there is nothing to judge by.",
+            hint="Start with fewer, or promote the version at once.",
+            field="steps",
+        )
     aliases = registry.aliases(name)
+    if not aliases:
+        registry.require(name)
     chosen = aliases.get(CHALLENGER) if version is None else version
     if chosen is None:
         raise ModelNotFound(f"Model {name!r} has no challenger.", hint="Name a version to put on trial.")
@@ -123,3 +131,9 @@ def look_due(rollout: Rollout, rows: int, now: datetime) -> int | None:
         return None
     doublings = min((rows // step.min_rows).bit_length(), LOOKS_PER_STEP)
     return LOOKS_PER_STEP * rollout.position + doublings
+
+
+def next_look_rows(rollout: Rollout, last: int | None) -> int | None:
+    """The rows of this step that the judge waits for after its look ``last``; None where none is left."""
+    taken = max(0, (last or 0) - LOOKS_PER_STEP * rollout.position)
+    return rollout.step.min_rows << taken if taken < LOOKS_PER_STEP else None

@@ -39,7 +39,8 @@ class Settings(BaseSettings):
     )
     state_dir: Path = Field(Path(".banquet"), description="Embedded Redis data, local model registry.")
     default_model: str | None = Field(
-        None, description="Model that POST /predict serves; default: the only one with a champion."
+        None,
+        description="Model (name or name@alias) of POST /predict; default: the only one with a champion.",
     )
     features_only: bool = Field(False, description="Be ready without a model, as a feature server.")
     api_keys: str = Field("", description="Bearer keys, separated by commas; empty: no key is needed.")

@@ -17,7 +17,7 @@ from core.model import LoadedModel
 from core.observed import PROBABILITY_EDGES, value_edges
 from core.online import FeaturePlan, OnlineReader
 from core.redis_connection import HashReader
-from core.registry import CHAMPION, Change, ModelRegistry
+from core.registry import CHAMPION, Change, ModelRegistry, versions_in
 from core.repository import Definitions, FeastRepository
 from core.settings import Settings
 from core.traffic import Rollout
@@ -138,7 +138,7 @@ class Catalog:
                     model=name,
                 )
             version = aliases[alias]
-        pinned = deployment.pinned(version) if version is not None else None
+        pinned = deployment.pinned(version, alias) if version is not None else None
         if pinned is None:
             shown = ", ".join(f"{number} ({alias})" for alias, number in sorted(aliases.items()))
             raise ModelNotFound(
@@ -264,7 +264,7 @@ class Catalog:
 
     async def _deploy(self, name: str, change: Change, loaded: Mapping[int, ServedModel]) -> None:
         """Load what the state names and ``loaded`` lacks, the champion first, which serves at once."""
-        wanted = set(change.aliases.values())
+        wanted = versions_in(change.traffic)
         versions = {number: served for number, served in loaded.items() if number in wanted}
         first = change.aliases[CHAMPION]
         for number in (first, *sorted(wanted - {first})):

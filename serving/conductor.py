@@ -29,6 +29,7 @@ from serving.trial_store import (
     keep_verdict,
     read_comparison,
     read_trial,
+    read_verdicts,
     take_look,
     take_turn,
 )
@@ -41,9 +42,10 @@ JUDGE = "judge"
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """A rollout as it stands: what both variants did since its step began, and the judge's verdict.
+    """A rollout as it stands: what both variants did since its step began, and what to make of it now.
 
-    ``look`` is the planned look that the verdict is of, None between two of them.
+    ``look`` is the planned look that ``verdict`` is of, None between two of them. ``said`` is what the judge
+    decided at ``last``, the last of this step's looks that it took; None where it took none.
     """
 
     model: str
@@ -53,6 +55,13 @@ class Sight:
     compared: Comparison
     verdict: Verdict
     look: int | None
+    last: int | None = None
+    said: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long the step has been under way."""
+        return (datetime.now(tz=UTC) - self.rollout.began[-1]).total_seconds()
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -62,11 +71,15 @@ class Sight:
             "step": {
                 "position": self.rollout.position,
                 "percent": self.rollout.step.percent,
-                "seconds": round((datetime.now(tz=UTC) - self.rollout.began[-1]).total_seconds(), 1),
+                "seconds": round(self.seconds, 1),
             },
             "rows": {CHAMPION: self.champion.rows, CHALLENGER: self.challenger.rows},
             "errors": {CHAMPION: self.champion.errors, CHALLENGER: self.challenger.errors},
-            "look": self.look,
+            "judge": {
+                "look": self.last,
+                "decision": self.said,
+                "next_look_rows": rollouts.next_look_rows(self.rollout, self.last),
+            },
             "verdict": self.verdict.as_json(),
         }
         if self.compared.rows:
@@ -85,8 +98,9 @@ def look_at(
     """What there is to see of a rollout, and the judge's verdict on it.
 
     ``take`` spends the planned look that is due; where it was spent already, the verdict knows only critical
-    errors. At 100 % the champion answers nobody, so the challenger is held against what the champion did in
-    the step before. Raises redis-py's errors: ``RedisAddress.translated``.
+    errors. Without it the verdict is what the judge would say if it looked now. At 100 % the champion answers
+    nobody, so the challenger is held against what the champion did in the step before. Raises redis-py's
+    errors: ``RedisAddress.translated``.
     """
     trial = TrialName(project, model, rollout.id)
     seen = read_trial(client, trial, rollout.position)
@@ -102,8 +116,22 @@ def look_at(
     verdict = judge(seen[CHAMPION], seen[CHALLENGER], limits, look=look or 0, looks=looks)
     if take and look is not None:
         keep_verdict(client, trial, look, verdict.as_json())
-    compared = read_comparison(client, trial)
-    return Sight(model, rollout, seen[CHAMPION], seen[CHALLENGER], compared, verdict, look)
+    if take:
+        return Sight(model, rollout, seen[CHAMPION], seen[CHALLENGER], Comparison(), verdict, look)
+    first = rollouts.LOOKS_PER_STEP * rollout.position + 1
+    said = {look: said for look, said in read_verdicts(client, trial).items() if look >= first}
+    last = max(said, default=None)
+    return Sight(
+        model,
+        rollout,
+        seen[CHAMPION],
+        seen[CHALLENGER],
+        read_comparison(client, trial),
+        verdict,
+        look,
+        last,
+        said[last]["decision"] if last is not None else None,
+    )
 
 
 class Conductor:
@@ -184,10 +212,11 @@ class Conductor:
                 return False
             now = datetime.now(tz=UTC)
             sight = look_at(self._client, self._project, name, rollout, now, take=True)
-        why = " ".join(sight.verdict.reasons)
         if sight.verdict.decision == "abort":
-            self._abort(name, rollout, why)
+            self._abort(name, rollout, " ".join(sight.verdict.reasons))
         elif sight.verdict.decision == "promote":
+            rows = f"{sight.challenger.rows:,} rows beside {sight.champion.rows:,} of the champion"
+            why = f"Every check passed at look {sight.look} of {sight.verdict.looks}: {rows}."
             rollouts.advance(self._registry, name, rollout, why=why, who=JUDGE)
         else:
             return False

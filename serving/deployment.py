@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import BanquetError, PredictionFailed
+from core.online import FeatureVectors
 from core.registry import CHALLENGER, CHAMPION, Change
 from core.traffic import Rollout, Split
 from serving.batching import Columns, Finished
@@ -109,11 +110,13 @@ class Deployment:
         """Who answers for which of ``rows`` checked entities; every row is in one share."""
         return self._champion if self.trial is None else self.trial.shares(columns, rows)
 
-    def pinned(self, version: int) -> Pinned | None:
-        """That version alone, if it is loaded."""
+    def pinned(self, version: int, alias: str = "") -> Pinned | None:
+        """That version alone, if it is loaded, under the alias that it was asked for by."""
         served = self.versions.get(version)
         if served is None:
             return None
+        if alias:
+            return Pinned(served, alias)
         aliases = self.aliases
         if aliases[CHAMPION] == version:
             return Pinned(served, CHAMPION)
@@ -228,23 +231,21 @@ class Shadow:
 
     async def _predict(self, batch: list[_Mirrored]) -> None:
         if self._same_features:
-            vectors = [mirrored.answer.vectors for mirrored in batch]
+            vectors = FeatureVectors.joined([mirrored.answer.vectors for mirrored in batch])
         else:
-            vectors = [
-                await self.challenger.read(mirrored.columns, mirrored.answer.vectors.rows)
-                for mirrored in batch
-            ]
-
-        def predict() -> list[tuple[Answer, float]]:
-            found = []
-            for one in vectors:
-                began = time.perf_counter()
-                found.append((self.challenger.predictor.answer(one), time.perf_counter() - began))
-            return found
-
-        predicted = await asyncio.get_running_loop().run_in_executor(self._thread, predict)
-        for mirrored, (answer, seconds) in zip(batch, predicted, strict=True):
-            _observe(self.recorder, CHALLENGER, [answer], seconds)
+            names = batch[0].columns
+            columns = {name: [value for one in batch for value in one.columns[name]] for name in names}
+            vectors = await self.challenger.read(columns, sum(one.answer.vectors.rows for one in batch))
+        began = time.perf_counter()
+        predict = self.challenger.predictor.answer
+        together = await asyncio.get_running_loop().run_in_executor(self._thread, predict, vectors)
+        seconds_per_row = (time.perf_counter() - began) / vectors.rows
+        start = 0
+        for mirrored in batch:
+            rows = mirrored.answer.vectors.rows
+            answer = together.slice(start, start + rows)
+            start += rows
+            _observe(self.recorder, CHALLENGER, [answer], rows * seconds_per_row)
             entities = {key.name: mirrored.columns[key.name] for key in self.champion.plan.join_keys}
             (mine, my_scores), (theirs, their_scores) = _outcomes(mirrored.answer), _outcomes(answer)
             self.recorder.compare(mirrored.request_id, entities, mine, theirs, my_scores, their_scores)

@@ -51,7 +51,7 @@ class RequestMetrics:
         )
         self._versions = Gauge(
             "banquet_model_version",
-            "Version that serves.",
+            "Version that an alias serves, 0 where it is gone.",
             ["model", "alias"],
             registry=self.registry,
             multiprocess_mode="livemostrecent",
@@ -115,8 +115,9 @@ class RequestMetrics:
 
     def serving(self, model: str, aliases: Mapping[str, int]) -> None:
         """Record which versions the aliases of a model serve."""
+        # Not removed: prometheus_client cannot take a label from the files that workers share.
         for alias in self._aliases.get(model, {}).keys() - aliases.keys():
-            self._versions.remove(model, alias)
+            self._versions.labels(model, alias).set(0)
         for alias, version in aliases.items():
             self._versions.labels(model, alias).set(version)
         self._aliases[model] = dict(aliases)
