@@ -22,13 +22,15 @@ class Seen:
     user: int
     request_id: str
     row: dict[str, Any]
+    port: int
 
 
 @dataclass
 class Clients:
     """``connections`` to each of the servers at ``ports``, each asking for a random user at a time.
 
-    What is not a 200, or a connection that breaks, is a ``failure``.
+    What is not a 200, or a connection that breaks, is a failure, noted with its moment; a client whose
+    connection broke makes another one.
     """
 
     ports: Sequence[int]
@@ -36,7 +38,7 @@ class Clients:
     users: int = 2000
     pause_seconds: float = 0.0
     seen: list[Seen] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    failures: list[tuple[float, str]] = field(default_factory=list)
     _stop: bool = False
 
     async def __aenter__(self) -> Clients:
@@ -52,16 +54,27 @@ class Clients:
         await asyncio.gather(*self._tasks)
 
     async def _client(self, port: int, rng: random.Random) -> None:
+        while not self._stop:
+            try:
+                await self._connection(port, rng)
+            except (OSError, asyncio.IncompleteReadError) as exc:
+                self._fail(repr(exc))
+                await asyncio.sleep(0.01)
+
+    async def _connection(self, port: int, rng: random.Random) -> None:
+        """Ask over one connection for as long as it stays open."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        keep = True
         try:
-            while not self._stop:
+            while keep and not self._stop:
                 user = rng.randrange(self.users)
                 asked = time.monotonic()
                 status, answer, keep = await post(
                     reader, writer, "/predict", {"entities": [{"user_id": user}]}
                 )
                 if status != 200:
-                    self.failures.append(f"{status} {answer}")
+                    self._fail(f"{status} {answer}")
+                    await asyncio.sleep(0.01)
                 else:
                     row = answer["predictions"][0]
                     self.seen.append(
@@ -73,17 +86,16 @@ class Clients:
                             user,
                             answer["request_id"],
                             row,
+                            port,
                         )
                     )
-                if not keep:
-                    writer.close()
-                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 if self.pause_seconds:
                     await asyncio.sleep(self.pause_seconds)
-        except (OSError, asyncio.IncompleteReadError) as exc:
-            self.failures.append(repr(exc))
         finally:
             writer.close()
+
+    def _fail(self, what: str) -> None:
+        self.failures.append((time.monotonic(), what))
 
 
 async def post(
