@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import records, rollouts
 from core.errors import BanquetError, Conflict, ModelNotFound, RedisUnavailable
@@ -22,7 +22,6 @@ from core.observed import Observed
 from core.redis import RedisAddress
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.traffic import Rollout
-from serving.catalog import Catalog
 from serving.trial_store import (
     Comparison,
     TrialName,
@@ -33,6 +32,9 @@ from serving.trial_store import (
     take_look,
     take_turn,
 )
+
+if TYPE_CHECKING:  # `banquet rollout status` looks without a server
+    from serving.catalog import Catalog
 
 log = logging.getLogger("banquet.serving")
 
