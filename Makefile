@@ -55,9 +55,12 @@ bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a secon
 bench-soak: $(READY)  ## Measure how workers' memory grows in 30 minutes of predictions and promotions
 	$(BIN)/python bench/soak.py $(ARGS)
 
+bench-judge: $(READY)  ## Simulate how often the judge is wrong and how soon it is right
+	$(BIN)/python bench/judge.py $(ARGS)
+
 lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
 .PHONY: help install demo test unit lint check format bench-historical bench-materialize bench-serving \
-  bench-stream bench-soak lock
+  bench-stream bench-soak bench-judge lock

@@ -59,18 +59,24 @@ def proportion_anytime(successes: float, trials: float, alpha: float) -> Interva
     return low, high
 
 
-def difference(first: tuple[float, float], second: tuple[float, float], alpha: float) -> Interval:
-    """Bounds of one proportion minus another, each given as (successes, trials).
+def difference(
+    first: tuple[float, float], second: tuple[float, float], alpha: float, factor: float = 1.0
+) -> Interval:
+    """Bounds of one proportion minus ``factor`` times another, each given as (successes, trials).
 
     Newcombe's square-and-add (Statistics in Medicine 17, 1998, method 10) with Clopper-Pearson bounds in
     place of Wilson's, which are too narrow for rare events at small alpha; the general form is Zou and
-    Donner's MOVER (Statistics in Medicine 27, 2008). (-1, 1) where one has no trials.
+    Donner's MOVER (Statistics in Medicine 27, 2008). (-factor, 1) where one has no trials.
     """
     if first[1] <= 0 or second[1] <= 0:
-        return -1.0, 1.0
+        return -factor, 1.0
     p, q = first[0] / first[1], second[0] / second[1]
     (p_low, p_high), (q_low, q_high) = proportion(*first, alpha), proportion(*second, alpha)
-    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+    gap = p - factor * q
+    return (
+        gap - math.hypot(p - p_low, factor * (q_high - q)),
+        gap + math.hypot(p_high - p, factor * (q - q_low)),
+    )
 
 
 def upper_quantile(counts: Sequence[int], edges: Sequence[float], tail: float, alpha: float) -> Interval:

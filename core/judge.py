@@ -50,11 +50,11 @@ class Limits:
     """How much worse a challenger may be, and how sure the judge has to be.
 
     ``error_rate`` and ``p99_seconds`` are absolute; where the champion itself is over one, the challenger may
-    be as bad and ``tolerance`` of it worse. ``critical_error_rate`` aborts at once, unless the champion may
-    be as bad. ``p99_ratio`` and ``p99_slack_seconds`` limit the challenger's p99 to champion * ratio + slack.
-    ``score_distance`` is a Kolmogorov-Smirnov distance: at no threshold may the share of rows above it move
-    by more. ``log_loss_increase`` is in nats, the two drops are absolute, ``squared_error_increase`` is
-    relative.
+    be as bad and ``tolerance``, a share of the champion's value, worse. ``critical_error_rate`` aborts at
+    once, unless the champion may be as bad. ``p99_ratio`` and ``p99_slack_seconds`` limit the challenger's
+    p99 to champion * ratio + slack. ``score_distance`` is a Kolmogorov-Smirnov distance: at no threshold may
+    the share of rows above it move by more. ``log_loss_increase`` is in nats, the two drops are absolute,
+    ``squared_error_increase`` is relative.
 
     ``min_rows`` counts independent rows (see ``Observed``) or requests, ``min_labels`` rows with a label, per
     variant. Without ``require_labels`` a promotion waits for a quality check only when there are enough
@@ -237,19 +237,25 @@ class _Look:
         )
 
     def _errors(self) -> Finding:
+        """Allowed is the limit, or the champion's rate and ``tolerance`` of it where that is more.
+
+        Failing takes evidence against both, at the whole alpha (intersection-union); passing takes one of
+        the two, each at half of it.
+        """
         champion, challenger = _failed(self._champion), _failed(self._challenger)
-        fail, success = self._fail_alpha / 2, self._pass_alpha / 2
-        allowed = self._lifted(
-            self._limits.error_rate,
-            0.0,
-            intervals.proportion(*champion, success)[0],
-            intervals.proportion(*champion, fail)[1],
-        )
+        limit, factor = self._limits.error_rate, 1 + self._limits.tolerance
+        low = intervals.proportion(*challenger, self._fail_alpha)[0]
+        high = intervals.proportion(*challenger, self._pass_alpha / 2)[1]
+        beside_low = intervals.difference(challenger, champion, self._fail_alpha, factor)[0]
+        beside_high = intervals.difference(challenger, champion, self._pass_alpha / 2, factor)[1]
+        rates = _ratio(*champion), _ratio(*challenger)
         return self._finding(
             "errors",
-            (_ratio(*champion), _ratio(*challenger)),
-            (intervals.proportion(*challenger, fail)[0], intervals.proportion(*challenger, success)[1]),
-            allowed,
+            rates,
+            (low, high),
+            low > limit and beside_low > 0,
+            high <= limit or beside_high <= 0,
+            max(limit, factor * (rates[0] or 0.0)),
             (self._champion.rows, self._challenger.rows),
             enough=min(champion[1], challenger[1]) >= self._limits.min_rows,
             title="Error rate",
@@ -272,11 +278,15 @@ class _Look:
 
     def _latency(self, name: str, allowed: tuple[float, float], title: str) -> Finding:
         requests = self._champion.requests, self._challenger.requests
+        low, high = self._p99_of(self._challenger)
+        surely, maybe = allowed
         return self._finding(
             name,
             (_p99_seen(self._champion.latency), _p99_seen(self._challenger.latency)),
-            self._p99_of(self._challenger),
-            allowed,
+            (low, high),
+            low > maybe,
+            high <= surely,
+            maybe if low > maybe else surely,
             requests,
             enough=min(requests) >= self._limits.min_rows,
             title=title,
@@ -307,7 +317,9 @@ class _Look:
             "scores",
             (0.0, distance) if all(rows) else (None, None),
             (low, high),
-            (limit, limit),
+            low > limit,
+            high <= limit,
+            limit,
             rows,
             enough=min(both) >= self._limits.min_rows,
             title="Distance of the scores from the champion's",
@@ -373,7 +385,9 @@ class _Look:
             "squared_error",
             (_mean(first), _mean(second)),
             (low, high),
-            (limit, limit),
+            low > limit,
+            high <= limit,
+            limit,
             (first.count, second.count),
             enough=min(first.count, second.count) >= self._limits.min_labels,
             title="Mean squared error",
@@ -401,7 +415,9 @@ class _Look:
             name,
             values,
             bounds,
-            (limit, limit),
+            bounds[0] > limit,
+            bounds[1] <= limit,
+            limit,
             labels,
             enough=min(labels) >= self._limits.min_labels and None not in values,
             title=f"{title}, {'rise' if sign > 0 else 'drop'} from the champion's",
@@ -428,7 +444,9 @@ class _Look:
         name: str,
         values: tuple[float | None, float | None],
         bounds: intervals.Interval,
-        allowed: tuple[float, float],
+        fails: bool,
+        passes: bool,
+        limit: float,
         samples: tuple[int, int],
         *,
         enough: bool,
@@ -438,11 +456,9 @@ class _Look:
         worse: float | None = None,
     ) -> Finding:
         low, high = bounds
-        surely, maybe = allowed
         outcome: Outcome = "inconclusive"
         if enough and self._planned:
-            outcome = "fail" if low > maybe else "pass" if high <= surely else "inconclusive"
-        limit = maybe if outcome == "fail" else surely
+            outcome = "fail" if fails else "pass" if passes else "inconclusive"
         estimate = worse if worse is not None else values[1]
         against = enough and estimate is not None and estimate > limit
         seen = f"{title}: {show(values[1])} against the champion's {show(values[0])}"
