@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -308,22 +309,28 @@ class Bench:
         self.result(name).unlink(missing_ok=True)
         command = [str(python), __file__, "--child", name, "--shapes", case.name]
         command += ["--scratch", str(self.scratch), "--result", str(self.result(name))]
-        limit = int(self.memory_gb * 1e9)
+
+        def bounded() -> None:
+            # Data, not address space: DuckDB and Arrow reserve far more than they use.
+            resource.setrlimit(resource.RLIMIT_DATA, (int(self.memory_gb * 1e9),) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (self.timeout, self.timeout + 5))
+
         try:
             child = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "FEAST_USAGE": "False"},
-                timeout=self.timeout,
-                # Data, not address space: DuckDB and Arrow reserve far more than they use.
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+                timeout=10 * self.timeout,
+                preexec_fn=bounded,
             )
         except subprocess.TimeoutExpired:
-            return {"failed": f"over {self.timeout} s"}
+            return {"failed": f"over {10 * self.timeout} s"}
         if not child.returncode:
             found: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
             return found
+        if child.returncode == -signal.SIGXCPU:
+            return {"failed": f"over {self.timeout} CPU seconds"}
         said = child.stderr.strip().splitlines() or ["killed"]
         full = ("MemoryError", "bad_alloc", "OutOfMemory", "Unable to allocate", "malloc", "realloc")
         if child.returncode < 0 or any(word in line for word in full for line in said[-5:]):
@@ -457,7 +464,7 @@ def main() -> None:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--parts", default="compare,growth")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=int, default=300, help="seconds of one process")
+    parser.add_argument("--timeout", type=int, default=300, help="CPU seconds of one process")
     parser.add_argument("--memory-gb", type=float, default=12.0, help="of one process")
     parser.add_argument("--once-over", type=float, default=15.0, help="seconds after which one run is enough")
     parser.add_argument(
@@ -477,7 +484,7 @@ def main() -> None:
         "machine": report.machine(),
         "rounds": options.rounds,
         "memory_gb": options.memory_gb,
-        "timeout_seconds": options.timeout,
+        "timeout_cpu_seconds": options.timeout,
         "shapes": [asdict(case) for case in shapes],
     }
     parts, texts = options.parts.split(","), []

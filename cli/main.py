@@ -16,6 +16,9 @@ import click
 from core.errors import BanquetError, InvalidInput, NotFound
 
 
+_JSON_HELP = "Print results and errors as JSON."
+
+
 class Context:
     """What every command gets: where the repository is, and how to report."""
 
@@ -40,8 +43,28 @@ def bytes_text(count: float) -> str:
     return f"{count:,.0f} bytes"
 
 
+class _Command(click.Command):
+    """A command that takes ``--json`` after its name as well as before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--json"], is_flag=True, expose_value=False, callback=_report_as_json, help=_JSON_HELP
+            )
+        )
+
+
+def _report_as_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.obj.as_json = True
+
+
 class _Group(click.Group):
     """Lists commands in the order they are used, and turns Banquet's errors into messages."""
+
+    command_class = _Command
+    group_class = type
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 — click's signature
         return list(self.commands)
@@ -75,7 +98,7 @@ def show(error: BanquetError, *, as_json: bool = False) -> None:
     show_default=True,
     help="The Feast repository: the folder with feature_store.yaml.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
+@click.option("--json", "as_json", is_flag=True, help=_JSON_HELP)
 @click.version_option(package_name="feast-banquet", prog_name="banquet")
 @click.pass_context
 def main(ctx: click.Context, repo: Path, as_json: bool) -> None:

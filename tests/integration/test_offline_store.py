@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -361,3 +363,76 @@ def test_feasts_monitoring_keeps_its_metrics_through_it(store: Any) -> None:
         store.config, store.get_feature_view("spend").batch_source, "event_timestamp"
     )
     assert newest == START + 2 * DAY
+
+
+def by_merge_asof(rows: pd.DataFrame, events: pd.DataFrame, keys: list[str], ttl: Any) -> list[float | None]:
+    """The same join by pandas alone: ties settled by a sort, rows without key or time left out of it."""
+    numbered = rows.assign(number=range(len(rows)), at=pd.to_datetime(rows["event_timestamp"], utc=True))
+    whole = numbered.dropna(subset=[*keys, "at"]).sort_values("at", kind="stable")
+    newest = events.assign(at=events["at"].astype("datetime64[ns, UTC]"), place=range(len(events)))
+    newest = newest.dropna(subset=[*keys, "at"]).sort_values(["at", "created", "place"], na_position="first")
+    whole = whole.assign(at=whole["at"].astype("datetime64[ns, UTC]"))
+    types = dict.fromkeys(keys, "int64")
+    found = pd.merge_asof(
+        whole.astype(types),
+        newest.astype(types),
+        on="at",
+        by=keys,
+        tolerance=pd.Timedelta(ttl) if ttl else None,
+    )
+    amounts = dict(zip(found["number"], found["amount"], strict=True))
+    return [None if pd.isna(amounts.get(n)) else amounts[n] for n in range(len(rows))]
+
+
+@pytest.mark.parametrize("ttl", [timedelta(0), timedelta(hours=3)], ids=["no ttl", "ttl"])
+@pytest.mark.parametrize("zone", [None, "UTC", "America/New_York"])
+@pytest.mark.parametrize("width", [1, 2], ids=["one key", "two keys"])
+def test_rows_equal_those_of_pandas_merge_asof(
+    tmp_path: Path, width: int, zone: str | None, ttl: timedelta
+) -> None:
+    """Ttl boundaries, future rows, ties, duplicates, null keys and values, NaT and order, by the dozen."""
+    from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+    from feast.types import Float64, Int64
+
+    draw = np.random.default_rng(width)
+    keys = ["a", "b"][:width]
+
+    def frame(count: int) -> pd.DataFrame:
+        found = pd.DataFrame({key: draw.integers(0, 4, count) for key in keys}).astype("Int64")
+        found.loc[draw.random(count) < 0.05, "a"] = pd.NA
+        return found
+
+    def hours(count: int, missing: float) -> pd.Series:
+        # Whole hours: half of all rows fall on the boundary of a ttl or on another row's time.
+        at = pd.Series(pd.Timestamp(START) + pd.to_timedelta(draw.integers(0, 12, count), "h"))
+        at[draw.random(count) < missing] = pd.NaT
+        return at.dt.tz_convert(zone) if zone else at.dt.tz_localize(None)
+
+    events = frame(400).assign(at=hours(400, 0.02), created=hours(400, 0.2), amount=draw.random(400))
+    events.loc[draw.random(400) < 0.1, "amount"] = None
+    events.to_parquet(tmp_path / "events.parquet", coerce_timestamps="us")
+    entities = [Entity(name=key, join_keys=[key], value_type=ValueType.INT64) for key in keys]
+    source = FileSource(
+        name="spend", path="events.parquet", timestamp_field="at", created_timestamp_column="created"
+    )
+    schema = [*(Field(name=key, dtype=Int64) for key in keys), Field(name="amount", dtype=Float64)]
+    view = FeatureView(name="spend", entities=entities, schema=schema, source=source, ttl=ttl)
+    config = RepoConfig(
+        project="oracle",
+        provider="local",
+        registry=str(tmp_path / "registry.db"),
+        online_store={"type": "sqlite", "path": str(tmp_path / "online.db")},
+        offline_store={"type": "core.offline.BanquetOfflineStore"},
+        entity_key_serialization_version=3,
+        repo_path=tmp_path,
+    )
+    store = FeatureStore(config=config)
+    store.apply([*entities, view])
+    rows = frame(300).assign(event_timestamp=hours(300, 0.05), label=range(300))
+
+    found = store.get_historical_features(rows, ["spend:amount"]).to_df()
+    assert found["label"].tolist() == list(range(300))
+    amounts = [None if pd.isna(amount) else amount for amount in found["amount"]]
+    in_utc = events.assign(**{name: pd.to_datetime(events[name], utc=True) for name in ("at", "created")})
+    assert amounts == by_merge_asof(rows, in_utc, keys, ttl)
+    assert sum(amount is None for amount in amounts) < 250
