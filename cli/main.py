@@ -15,7 +15,6 @@ import click
 
 from core.errors import BanquetError, InvalidInput, NotFound
 
-
 _JSON_HELP = "Print results and errors as JSON."
 
 

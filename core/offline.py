@@ -399,7 +399,7 @@ def _location(source: DataSource, config: RepoConfig) -> str:
 
 
 def _result_name(view: FeatureView, feature: str, full_feature_names: bool) -> str:
-    return f"{view.projection.name_alias or view.name}__{feature}" if full_feature_names else feature
+    return f"{view.projection.name_to_use()}__{feature}" if full_feature_names else feature
 
 
 def _pulled_columns(

@@ -396,9 +396,11 @@ def _pinned_views(registry: Any, project: str) -> dict[tuple[str, int], View]:
 
 
 def _projection(message: Any) -> Projection:
+    # Feast's own rule: two versions of one view in a service have features of different names.
+    pinned = f"@v{message.version_tag}" if message.HasField("version_tag") else ""
     return Projection(
         view=message.feature_view_name,
-        name=message.feature_view_name_alias or message.feature_view_name,
+        name=(message.feature_view_name_alias or message.feature_view_name) + pinned,
         features=tuple(column.name for column in message.feature_columns),
         join_key_map=dict(message.join_key_map),
         version=message.version_tag if message.HasField("version_tag") else None,

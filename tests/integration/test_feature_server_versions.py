@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from core.online import FeaturePlan
 from core.repository import FeastRepository
 from tests.support.server import banquet
 
@@ -98,3 +99,23 @@ def test_a_version_that_is_not_there_and_a_feature_twice_are_refused(
         body = {"features": features, "entities": {"user_id": [1]}}
         response = server.post("/get-online-features", json=body)
         assert (response.status_code, response.json()["field"]) == (status, "features")
+
+
+def test_a_service_names_the_features_of_a_pinned_view_by_their_version(
+    versioned: tuple[Any, httpx.Client],
+) -> None:
+    """As stock Feast does, so that two versions of a view in one service do not collide."""
+    from feast import FeatureService
+
+    stock, _ = versioned
+    view = stock.get_feature_view("people")
+    view.projection.version_tag = 0
+    service = FeatureService(name="pinned", features=[view[["age"]]])
+    assert service.feature_view_projections[0].version_tag == 0
+    stock.apply(service)
+    expected = stock.get_online_features(
+        stock.get_feature_service("pinned"), [{"user_id": 1}], full_feature_names=True
+    ).to_dict()
+    assert expected == {"user_id": [1], "people@v0__age": [30]}
+    repository = FeastRepository.open(Path(stock.repo_path))
+    assert FeaturePlan.for_service(repository.definitions(), "pinned").names == ["people@v0__age"]
