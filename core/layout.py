@@ -25,6 +25,7 @@ from core import layout_values
 from core.errors import InvalidEntity, InvalidRepository, UnsupportedKeyVersion
 from core.layout_cells import (
     NULL_TIMESTAMP,
+    Cell,
     decode_column,
     decode_floats,
     decode_json_column,
@@ -33,7 +34,10 @@ from core.layout_cells import (
     decode_value,
     encode_timestamp,
     encode_value,
+    float_texts,
+    floats_json,
     json_column,
+    json_text,
     json_value,
 )
 from core.types import Dtype, Field
@@ -41,6 +45,7 @@ from core.types import Dtype, Field
 __all__ = [
     "KEY_VERSION",
     "NULL_TIMESTAMP",
+    "Cell",
     "EntityKeys",
     "StoredKey",
     "colliding_fields",
@@ -53,7 +58,10 @@ __all__ = [
     "encode_timestamp",
     "encode_value",
     "feature_field",
+    "float_texts",
+    "floats_json",
     "json_column",
+    "json_text",
     "json_value",
     "require_key_version",
     "stored_key",

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from core import layout_messages, layout_values
@@ -161,7 +162,7 @@ def decode_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
         if dtype not in _UUIDS and dtype is not Dtype.FLOAT:
             return [_VALUES[cell]]
     decode = _BY_DTYPE.get(dtype)
-    return [_VALUES[cell] for cell in cells] if decode is None else decode(cells, _VALUES)
+    return _VALUES.values(cells) if decode is None else decode(cells, _VALUES)
 
 
 def decode_floats(columns: Sequence[Sequence[Cell]], dtype: Dtype) -> list[list[float]] | None:
@@ -176,6 +177,21 @@ def decode_floats(columns: Sequence[Sequence[Cell]], dtype: Dtype) -> list[list[
     return values if math.isfinite(sum(map(sum, values))) else None
 
 
+def floats_json(
+    columns: Sequence[Sequence[Cell]], dtype: Dtype, hidden: Sequence[int] = ()
+) -> list[bytes] | None:
+    """Columns of one length and of dtype DOUBLE or FLOAT, each as a JSON array; null in ``hidden`` rows.
+
+    None where that is not to be had at once: a cell is missing or of another type, or a number is not finite.
+    """
+    return _FLOATS[dtype].json(columns, hidden)
+
+
+def float_texts(cells: Sequence[Cell], dtype: Dtype) -> list[bytes] | None:
+    """The JSON texts of some cells of dtype DOUBLE or FLOAT; None where ``floats_json`` has none."""
+    return _FLOATS[dtype].texts(cells)
+
+
 def decode_json_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
     """The column as the JSON values that ``feast serve`` answers with (see ``layout_messages.to_json``).
 
@@ -186,7 +202,19 @@ def decode_json_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
         return _finite(_BY_DTYPE[dtype](cells, _JSON_VALUES))
     if dtype in _INTEGERS:
         return _BY_DTYPE[dtype](cells, _JSON_VALUES)
-    return [_JSON_VALUES[cell] for cell in cells]
+    return _JSON_VALUES.values(cells)
+
+
+def json_text(cell: Cell, dtype: Dtype) -> bytes:
+    """The JSON text of the value that ``decode_json_column`` gives for one cell.
+
+    Raises:
+        CorruptCell: the cell is no Feast value.
+    """
+    if dtype in _FLOATS:
+        return orjson.dumps(decode_json_column((cell,), dtype)[0])
+    text: bytes = _JSON_TEXTS[cell]
+    return text
 
 
 def json_value(value: Any, dtype: Dtype) -> Any:
@@ -221,9 +249,13 @@ class _Memo:
     LIMIT, LONGEST = 20_000, 64
     LEARNT = 256  # cells of one column that are remembered, so that a column of ever new ones costs little
 
-    def __init__(self, decode: Callable[[bytes], Any], empty: Any = None) -> None:
+    def __init__(
+        self, decode: Callable[[bytes], Any], *, empty: Any = None, absent: Any = None, often: bool = True
+    ) -> None:
+        """``empty`` and ``absent``: what such cells stand for; ``often``: whether columns resemble others."""
         self._decode = decode
-        self._empty = {None: None, b"": empty}
+        self._often = often
+        self._empty = {None: absent, b"": empty}
         self.known: dict[Cell, Any] = dict(self._empty)
 
     def __getitem__(self, cell: Cell) -> Any:
@@ -237,6 +269,14 @@ class _Memo:
             self.known[cell] = value
         return value
 
+    def values(self, cells: Sequence[Cell]) -> list[Any]:
+        """The values of a column."""
+        known = self.known
+        try:
+            return [known[cell] for cell in cells]
+        except KeyError:
+            return [self[cell] for cell in cells]
+
     def column(
         self, cells: Sequence[Cell], together: Callable[[Sequence[Cell]], list[Any] | None]
     ) -> list[Any]:
@@ -248,8 +288,9 @@ class _Memo:
             values = together(cells) if len(cells) >= _SOME else None
         if values is None:
             return [self[cell] for cell in cells]
-        self._make_room(self.LEARNT)
-        known.update(zip(cells[: self.LEARNT], values, strict=False))
+        if self._often or len(set(cells)) * 2 <= len(cells):
+            self._make_room(self.LEARNT)
+            known.update(zip(cells[: self.LEARNT], values, strict=False))
         return values
 
     def _make_room(self, count: int) -> None:
@@ -277,8 +318,10 @@ def _decode(cell: bytes) -> Any:
 
 _VALUES = _Memo(_decode)
 _JSON_VALUES = _Memo(lambda cell: layout_messages.to_json(layout_messages.parse(cell)))
+_JSON_TEXTS = _Memo(lambda cell: orjson.dumps(_JSON_VALUES[cell]), empty=b"null", absent=b"null")
 # An event at the epoch itself is an empty message.
-_EVENTS = _Memo(decode_timestamp, empty=0)
+# Views loaded from batches have few different ones, views of events hardly one twice.
+_EVENTS = _Memo(decode_timestamp, empty=0, often=False)
 
 # From so many cells on, numpy's fixed cost is less than what it saves: with floats, with varints.
 _FEW, _SOME = 8, 16
@@ -291,6 +334,8 @@ class _Floats:
         self._size, self._tag, self._unpack = form.size, tag, form.unpack
         self._row = np.dtype([("tag", "u1"), ("value", f"<f{form.size - 1}")])
         self._tags, self._filler = bytes([tag]), bytes([tag]) + bytes(form.size - 1)
+        self._nan = form.pack(tag, math.nan)
+        self._code = "x" + form.format[-1]
 
     def block(self, columns: Sequence[Sequence[Cell]]) -> NDArray[Any] | None:
         """The numbers of several columns of one length; None if a cell is missing or of another type."""
@@ -298,6 +343,35 @@ class _Floats:
             return self._numbers(b"".join(map(b"".join, columns)), len(columns) * len(columns[0]))  # type: ignore[arg-type]
         except TypeError:  # an absent cell
             return None
+
+    def json(self, columns: Sequence[Sequence[Cell]], hidden: Sequence[int]) -> list[bytes] | None:
+        """See ``floats_json``."""
+        if hidden:
+            # JSON has no NaN, so orjson writes null.
+            columns = [list(column) for column in columns]
+            for column in columns:
+                for row in hidden:
+                    column[row] = self._nan  # type: ignore[index]
+        count, rows = len(columns), len(columns[0])
+        numbers = self.block(columns)
+        if numbers is None:
+            return None
+        block = numbers.reshape(count, rows).astype(np.float64)
+        text = orjson.dumps(block, option=orjson.OPT_SERIALIZE_NUMPY)
+        if text.count(b"null") != count * len(hidden):
+            return None
+        return [b"[%b]" % numbers for numbers in text[2:-2].split(b"],[")]
+
+    def texts(self, cells: Sequence[Cell]) -> list[bytes] | None:
+        """See ``float_texts``."""
+        try:
+            joined = b"".join(cells)  # type: ignore[arg-type]
+        except TypeError:  # an absent cell
+            return None
+        if not self._fits(joined, len(cells)):
+            return None
+        text = orjson.dumps(struct.unpack("<" + self._code * len(cells), joined))
+        return None if b"null" in text else text[1:-1].split(b",")
 
     def column(self, cells: Sequence[Cell], others: _Memo) -> list[Any]:
         """The numbers of a column; what is of another type is left to ``others``."""
@@ -317,9 +391,12 @@ class _Floats:
             return self._unpack(cell)[1]
         return others[cell]
 
-    def _numbers(self, joined: bytes, count: int) -> NDArray[Any] | None:
+    def _fits(self, joined: bytes, count: int) -> bool:
         # Every cell starts where its predecessor ends, so if each place holds the tag, each has this size.
-        if len(joined) != self._size * count or joined[:: self._size] != self._tags * count:
+        return len(joined) == self._size * count and joined[:: self._size] == self._tags * count
+
+    def _numbers(self, joined: bytes, count: int) -> NDArray[Any] | None:
+        if not self._fits(joined, count):
             return None
         found: NDArray[Any] = np.frombuffer(joined, self._row)["value"]
         return found
@@ -389,9 +466,13 @@ _TIMESTAMP_FILLER = b"\x08\x80\x80\x80\x80\x01"
 
 def _usual_timestamps(cells: Sequence[Cell]) -> list[int | None] | None:
     """Timestamps whose seconds take five bytes; None where some are others."""
-    gaps = _gaps(cells)
-    raw = None if gaps and b"" in cells else _rows(cells, gaps, _TIMESTAMP_FILLER, 12)
-    if raw is None or (raw[:, :7] & _TIMESTAMP_MASK != _TIMESTAMP_FORM).any():
+    gaps = _gaps(cells) if None in cells else []
+    filled: Sequence[Any] = [cell or _TIMESTAMP_FILLER for cell in cells] if gaps else cells
+    joined = b"".join([cell.ljust(12, b"\0") for cell in filled])
+    if len(joined) != 12 * len(cells) or (gaps and b"" in cells):
+        return None
+    raw = np.frombuffer(joined, np.uint8).reshape(-1, 12)
+    if (raw[:, :7] & _TIMESTAMP_MASK != _TIMESTAMP_FORM).any():
         return None
     if not raw[:, 5].all() or (raw[:, 11] >= 0x80).any():
         return None

@@ -17,7 +17,8 @@ from core import contract, layout
 from core.errors import BanquetError, InvalidRequest, OnDemandFailed
 from core.manifest import ServedFeature, ServiceSchema
 from core.on_demand import OnDemandTransformation
-from core.redis_connection import HashFields, HashReader
+from core.online_json import FLOATS, JsonColumn, Run, ViewSlot, entities, one_entity
+from core.redis_connection import Hashes, HashFields, HashReader
 from core.repository import Definitions, Feature, OnDemandView, Projection, View
 from core.types import Dtype, FeatureStatus, Field, feature_name
 
@@ -77,32 +78,13 @@ class FeatureVectors:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Adjacent fields of one dtype."""
-
-    dtype: Dtype
-    first: int
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _ViewSlot:
-    """Where one projection's cells lie within the reply to its group's HMGET."""
-
-    name: str
-    ttl_ns: int
-    runs: tuple[_Run, ...]
-    timestamp: int
-
-
 class _KeyGroup:
     """The views that live in the same Redis hash and are asked for by the same request columns."""
 
     def __init__(self, project: str, keys: Mapping[str, tuple[str, Dtype]]) -> None:
         self.columns = [column for column, _ in keys.values()]
         self.encoder = layout.EntityKeys(project, [Field(name, dtype) for name, (_, dtype) in keys.items()])
-        self.slots: list[_ViewSlot] = []
+        self.slots: list[ViewSlot] = []
         self._fields: list[bytes] = []
 
     def add(self, view: View, name: str, features: Sequence[str]) -> None:
@@ -110,10 +92,10 @@ class _KeyGroup:
         by_dtype = sorted(features, key=lambda feature: view.feature(feature).dtype)
         for dtype, alike in groupby(by_dtype, key=lambda feature: view.feature(feature).dtype):
             run = list(alike)
-            runs.append(_Run(dtype, len(self._fields), tuple(feature_name(name, f) for f in run)))
+            runs.append(Run(dtype, len(self._fields), tuple(feature_name(name, f) for f in run)))
             self._fields += [layout.feature_field(view.stored_name, f) for f in run]
         ttl_ns = round(view.ttl.total_seconds() * 1e6) * 1000
-        self.slots.append(_ViewSlot(name, ttl_ns, tuple(runs), timestamp=len(self._fields)))
+        self.slots.append(ViewSlot(name, ttl_ns, tuple(runs), timestamp=len(self._fields)))
         self._fields.append(layout.timestamp_field(view.stored_name))
 
     @cached_property
@@ -144,6 +126,7 @@ class FeaturePlan:
         request_inputs: the request-time inputs it has to bring, with their expectations in ``tags``.
         stored_in: the stored view behind each name that is read and not computed.
         ttls_s: each stored view's time to live in seconds, zero for never.
+        computes: whether on-demand views are among them.
         view_versions: Feast's version number of each stored view's definition, by the name it goes by.
     """
 
@@ -185,6 +168,12 @@ class FeaturePlan:
         for projection, view in on_demand:
             self._add_transformation(projection.name, view)
         self.join_keys = tuple(self._join_keys.values())
+        self._group_list = list(self._groups.values())
+        stored = [
+            name for g in self._group_list for slot in g.slots for run in slot.runs for name in run.names
+        ]
+        self._order = [stored.index(name) for name in self.names if name in self.stored_in]
+        self.computes = bool(self._transformations)
 
     @classmethod
     def for_service(cls, definitions: Definitions, service: str) -> FeaturePlan:
@@ -303,16 +292,12 @@ class OnlineReader:
             Overloaded: too many reads are waiting.
         """
         now_ns = time.time_ns() if now_ns is None else now_ns
-        groups = list(plan._groups.values())
-        asked = [group.keys(columns, rows) for group in groups]
-        replies = await self._connection.read_hashes(
-            [(group.hash_fields, keys) for group, (keys, _) in zip(groups, asked, strict=True)]
-        )
+        found = await self._hashes(plan, columns, rows)
 
         def decoded(decode: Decoder) -> FeatureVectors:
             vectors = FeatureVectors(rows, {}, {}, {})
-            for group, (_, index), cells in zip(groups, asked, replies, strict=True):
-                _decode(group, cells, index, now_ns, decode, vectors)
+            for group, hashes in found:
+                _decode(group, hashes, now_ns, decode, vectors)
             return vectors
 
         vectors = decoded(layout.decode_json_column if as_json else layout.decode_column)
@@ -326,40 +311,53 @@ class OnlineReader:
                         vectors.values[name] = layout.json_column(vectors.values[name], dtype)
         return vectors
 
+    async def read_json(
+        self, plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], rows: int, now_ns: int | None = None
+    ) -> list[JsonColumn]:
+        """What ``read`` gives with ``as_json``, as text in the order of ``plan.names``; only stored features."""
+        now_ns = time.time_ns() if now_ns is None else now_ns
+        found: list[JsonColumn] = []
+        for group, hashes in await self._hashes(plan, columns, rows):
+            if rows == 1:
+                for slot in group.slots:
+                    found += one_entity(slot, hashes[0], now_ns)
+            else:
+                found += entities(group.slots, list(zip(*hashes, strict=True)), now_ns)
+        return [found[position] for position in plan._order]
 
-def _decode(
-    group: _KeyGroup,
-    cells: list[list[bytes | None]],
-    index: list[int] | None,
-    now_ns: int,
-    decode: Decoder,
-    into: FeatureVectors,
-) -> None:
-    by_field: list[Cells] = list(zip(*cells, strict=True))
+    async def _hashes(
+        self, plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], rows: int
+    ) -> list[tuple[_KeyGroup, Hashes]]:
+        """Per key group each row's cells, by field."""
+        groups = plan._group_list
+        asked = [group.keys(columns, rows) for group in groups]
+        replies = await self._connection.read_hashes(
+            [(group.hash_fields, keys) for group, (keys, _) in zip(groups, asked, strict=True)]
+        )
+        return [
+            (group, hashes if index is None else [hashes[position] for position in index])
+            for group, (_, index), hashes in zip(groups, asked, replies, strict=True)
+        ]
+
+
+def _decode(group: _KeyGroup, hashes: Hashes, now_ns: int, decode: Decoder, into: FeatureVectors) -> None:
+    by_field: list[Cells] = list(zip(*hashes, strict=True))
     for slot in group.slots:
         events = layout.decode_timestamps(by_field[slot.timestamp])
         rows = contract.row_statuses(events, now_ns, slot.ttl_ns)
-        into.event_ns[slot.name] = _expand(events, index)
+        into.event_ns[slot.name] = events
         for run in slot.runs:
             found = by_field[run.first : run.first + len(run.names)]
-            if rows is None and run.dtype in _FLOATS:
+            if rows is None and run.dtype in FLOATS:
                 numbers = layout.decode_floats(found, run.dtype)
                 if numbers is not None:
                     for name, column in zip(run.names, numbers, strict=True):
-                        into.values[name] = _expand(column, index)
+                        into.values[name] = column
                         into.statuses[name] = None
                     continue
-            for name, column_cells in zip(run.names, found, strict=True):
-                values, statuses = contract.apply_status(decode(column_cells, run.dtype), rows)
-                into.values[name] = _expand(values, index)
-                into.statuses[name] = statuses and _expand(statuses, index)
-
-
-_FLOATS = frozenset({Dtype.DOUBLE, Dtype.FLOAT})
-
-
-def _expand(column: list[Any], index: list[int] | None) -> list[Any]:
-    return column if index is None else [column[i] for i in index]
+            for name, cells in zip(run.names, found, strict=True):
+                values, statuses = contract.apply_status(decode(cells, run.dtype), rows)
+                into.values[name], into.statuses[name] = values, statuses
 
 
 def _transform(plan: FeaturePlan, available: dict[str, Sequence[Any]], vectors: FeatureVectors) -> None:

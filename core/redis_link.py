@@ -20,6 +20,7 @@ from typing import Any
 import hiredis
 
 from core.errors import BanquetError, InvalidRepository, NotRedis, RedisAccessDenied, RedisUnavailable
+from core.handover import Handover
 from core.redis import RedisAddress
 
 _NOT_YET = object()
@@ -63,17 +64,17 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._outbox: list[bytes] = []
         self._reader = hiredis.Reader(replyError=self._refused, notEnoughData=_NOT_YET)
-        self._waiting: deque[tuple[asyncio.Future[list[Any]], int]] = deque()
+        self._waiting: deque[tuple[Handover[list[Any]], int]] = deque()
         self._replies: list[Any] = []
         self._refusal: str | None = None
 
-    def send(self, payload: bytes, count: int) -> asyncio.Future[list[Any]]:
+    def send(self, payload: bytes, count: int) -> Handover[list[Any]]:
         """Send ``count`` commands; gives all their replies, or raises the first refusal among them.
 
         An idle link is written to at once. Otherwise what comes in one turn of the loop leaves together
         at its end, which costs nobody time: the replies to earlier requests are still on their way.
         """
-        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        future: Handover[list[Any]] = Handover(loop=self._loop)
         if self._transport is None:
             future.set_exception(self._unavailable())
             return future
@@ -106,9 +107,7 @@ class Link(asyncio.Protocol):
         if self._on_lost is not None:
             self._on_lost(self)
         while self._waiting:
-            future, _ = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(self._unavailable())
+            self._waiting.popleft()[0].fail(self._unavailable())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio's protocol."""
@@ -124,6 +123,7 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Part of asyncio's protocol."""
         waiting, replies = self._waiting, self._replies
+        # Who gets a reply goes on at once: it may send, or drop this link, before the next one gets its own.
         try:
             self._reader.feed(data)
             gets = self._reader.gets
@@ -139,13 +139,14 @@ class Link(asyncio.Protocol):
                         return
                 waiting.popleft()
                 self.in_flight -= count
-                if self._refusal is not None:
-                    self._deliver_refusal(future)
-                elif not future.done():
-                    future.set_result(replies)
-                self._replies = replies = []
                 if waiting:
                     self._progress = self._loop.time()
+                self._replies, delivered = [], replies
+                replies = self._replies
+                if self._refusal is not None:
+                    self._deliver_refusal(future)
+                else:
+                    future.deliver(delivered)
         except hiredis.HiredisError as exc:
             self.drop(self.address.not_redis(str(exc)))
             return
@@ -157,11 +158,10 @@ class Link(asyncio.Protocol):
             self._refusal = text
         return text
 
-    def _deliver_refusal(self, future: asyncio.Future[list[Any]]) -> None:
+    def _deliver_refusal(self, future: Handover[list[Any]]) -> None:
         text, self._refusal = self._refusal or "", None
         error = self.address.reply_error(text)
-        if not future.done():
-            future.set_exception(error)
+        future.fail(error)
         if text.startswith(("READONLY", "MASTERDOWN", "NOAUTH")):
             self.drop(error)  # the next connection finds the master, or learns why not
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
+
+from core import handover
+from core.handover import Handover
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -32,15 +35,14 @@ class MicroBatcher(Generic[Job, Result]):
         self._run = run
         self._max_rows = max_rows
         self._width = width
-        self._waiting: deque[tuple[Job, int, asyncio.Future[Result]]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: deque[tuple[Job, int, Handover[Result]]] = deque()
         self._under_way = 0
         self._scheduled = False
 
-    def submit(self, job: Job, rows: int) -> asyncio.Future[Result]:
+    def submit(self, job: Job, rows: int) -> Handover[Result]:
         """Queue a job of ``rows`` rows; the future holds its result or its own error."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
+        future: Handover[Result] = Handover(loop=loop)
         self._waiting.append((job, rows, future))
         if not self._scheduled and self._under_way < self._width:
             self._scheduled = True
@@ -50,34 +52,29 @@ class MicroBatcher(Generic[Job, Result]):
     def _start(self) -> None:
         self._scheduled = False
         self._under_way += 1
-        task = asyncio.ensure_future(self._work())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        handover.run(self._work())
 
     async def _work(self) -> None:
         try:
             while batch := self._take():
                 await self._finish(batch)
         finally:
-            # Counted down here, not when the task object is done: a job submitted in between would wait
-            # for a worker that has already left.
             self._under_way -= 1
 
-    async def _finish(self, batch: list[tuple[Job, int, asyncio.Future[Result]]]) -> None:
+    async def _finish(self, batch: list[tuple[Job, int, Handover[Result]]]) -> None:
         try:
             results = await self._run([job for job, _, _ in batch])
         except Exception as exc:  # noqa: BLE001 — whatever it is, it belongs to the callers
             if len(batch) == 1:
-                _fail(batch[0][2], exc)
+                batch[0][2].fail(exc)
             else:
                 await self._one_by_one(batch)
         else:
             for (_, _, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+                future.deliver(result)
 
-    def _take(self) -> list[tuple[Job, int, asyncio.Future[Result]]]:
-        batch: list[tuple[Job, int, asyncio.Future[Result]]] = []
+    def _take(self) -> list[tuple[Job, int, Handover[Result]]]:
+        batch: list[tuple[Job, int, Handover[Result]]] = []
         total = 0
         while self._waiting and (not batch or total + self._waiting[0][1] <= self._max_rows):
             entry = self._waiting.popleft()
@@ -86,15 +83,21 @@ class MicroBatcher(Generic[Job, Result]):
                 total += entry[1]
         return batch
 
-    async def _one_by_one(self, batch: list[tuple[Job, int, asyncio.Future[Result]]]) -> None:
+    async def _one_by_one(self, batch: list[tuple[Job, int, Handover[Result]]]) -> None:
         for job, _, future in batch:
             try:
                 result = (await self._run([job]))[0]
             except Exception as exc:  # noqa: BLE001 — as above
-                _fail(future, exc)
+                future.fail(exc)
             else:
-                if not future.done():
-                    future.set_result(result)
+                future.deliver(result)
+
+
+def pieces(columns: Columns, rows: int, slice_rows: int) -> Iterator[tuple[Columns, int]]:
+    """Cut columns of ``rows`` rows into slices of at most ``slice_rows``, each with its number of rows."""
+    for start in range(0, rows, slice_rows):
+        stop = min(start + slice_rows, rows)
+        yield {name: column[start:stop] for name, column in columns.items()}, stop - start
 
 
 class Sliceable(Protocol):
@@ -126,12 +129,10 @@ class ColumnBatcher(Generic[Rows]):
         """Run ``rows`` rows; ``finish`` is called with the result and the columns of each slice, in order."""
         if rows <= self._slice_rows:
             return [finish(await self._batcher.submit((columns, rows), rows), columns)]
-        finished = []
-        for start in range(0, rows, self._slice_rows):
-            stop = min(start + self._slice_rows, rows)
-            piece = {name: column[start:stop] for name, column in columns.items()}
-            finished.append(finish(await self._batcher.submit((piece, stop - start), stop - start), piece))
-        return finished
+        return [
+            finish(await self._batcher.submit((piece, count), count), piece)
+            for piece, count in pieces(columns, rows, self._slice_rows)
+        ]
 
 
 async def _run_together(
@@ -147,8 +148,3 @@ async def _run_together(
         parts.append(result.slice(start, start + rows))
         start += rows
     return parts
-
-
-def _fail(future: asyncio.Future[Result], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -27,6 +27,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 _JSON = b"application/json"
 _RETRY_AFTER_S = b"1"
+_MOST_HEADS, _LONGEST_HEAD = 2048, 1024
 
 
 class Endpoint(Protocol):
@@ -35,12 +36,38 @@ class Endpoint(Protocol):
     async def __call__(self, body: bytes, request_id: str) -> bytes: ...
 
 
+class Head(NamedTuple):
+    """What the gateway takes from a request's headers; ``refusal`` is None where they pass."""
+
+    route: str
+    request_id: str | None
+    refusal: BanquetError | None
+
+
+class KnownHead(NamedTuple):
+    """All there is to know of a hot request before its body, whose length ``body_bytes`` is."""
+
+    head: Head
+    endpoint: Endpoint
+    keep_alive: bool
+    body_bytes: int = 0
+
+
 class Reply(NamedTuple):
-    """What goes back to the client; the headers are complete but for the server's own."""
+    """What goes back to the client."""
 
     status: int
-    headers: list[tuple[bytes, bytes]]
+    content_type: bytes
+    request_id: str
     body: bytes
+
+    @property
+    def extra_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What stands beside content type, length and request id."""
+        return _EXTRA_HEADERS.get(self.status, ())
+
+
+_EXTRA_HEADERS = {503: ((b"retry-after", _RETRY_AFTER_S),), 401: ((b"www-authenticate", b"Bearer"),)}
 
 
 class Gateway:
@@ -56,25 +83,22 @@ class Gateway:
         self, route: str, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Read the request from ASGI, run the endpoint, send its answer or the problem it raised."""
-        reply = await self.respond(
-            route, endpoint, scope["method"], scope["headers"], lambda: self._read(receive)
-        )
-        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+        started = time.perf_counter()
+        head = self.examine(route, scope["method"], scope["headers"])
+        has_body = scope["method"] == "POST" and head.refusal is None
+        body = await self._read(receive) if has_body else b""
+        reply = await self.respond(head, endpoint, body, started)
+        headers = [
+            (b"content-type", reply.content_type),
+            (b"content-length", b"%d" % len(reply.body)),
+            (b"x-request-id", reply.request_id.encode("latin-1")),
+            *reply.extra_headers,
+        ]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": reply.body})
 
-    async def respond(
-        self,
-        route: str,
-        endpoint: Endpoint,
-        method: str,
-        headers: Iterable[tuple[bytes, bytes]],
-        read: Callable[[], Awaitable[bytes]],
-    ) -> Reply:
-        """Run the endpoint on the body that ``read`` gives; never raises.
-
-        ``read`` is called only for a POST whose headers pass; the length of what it gives is checked here.
-        """
-        started = time.perf_counter()
+    def examine(self, route: str, method: str, headers: Iterable[tuple[bytes, bytes]]) -> Head:
+        """Check credentials and content type; never raises."""
         content_type = credentials = request_id = None
         for name, value in headers:
             if name == b"content-type":
@@ -83,35 +107,34 @@ class Gateway:
                 credentials = value
             elif name == b"x-request-id":
                 request_id = value
-        identity = _given(request_id) or self.request_ids.next()
-        status, kind = 200, _JSON
+        refusal = None
         try:
             self._access.check(credentials)
             if method == "POST":
                 # The inference protocol names no content type, and Triton's client sends none.
                 _check_content_type(content_type, optional=route.startswith("/v2/"))
-                body = await read()
-                self._check_size(body)
-            else:
-                body = b""
-            payload = await endpoint(body, identity)
         except BanquetError as exc:
-            status, payload = problem(exc, identity)
-            kind = PROBLEM
+            refusal = exc
+        return Head(route, _given(request_id), refusal)
+
+    async def respond(self, head: Head, endpoint: Endpoint, body: bytes, started: float) -> Reply:
+        """Run the endpoint on the body, whose length is checked here; never raises.
+
+        ``started`` is when the request began, by ``time.perf_counter``.
+        """
+        identity = head.request_id or self.request_ids.next()
+        status, kind = 200, _JSON
+        try:
+            if head.refusal is not None:
+                raise head.refusal
+            if len(body) > self.max_body_bytes:
+                raise self._too_large()
+            payload = await endpoint(body, identity)
         except Exception as exc:  # noqa: BLE001 — the last line: nothing may leak, nothing may go unanswered
             status, payload = problem(exc, identity)
             kind = PROBLEM
-        answered = [
-            (b"content-type", kind),
-            (b"content-length", b"%d" % len(payload)),
-            (b"x-request-id", identity.encode("latin-1")),
-        ]
-        if status == 503:
-            answered.append((b"retry-after", _RETRY_AFTER_S))
-        elif status == 401:
-            answered.append((b"www-authenticate", b"Bearer"))
-        self._metrics.observe(route, status, time.perf_counter() - started)
-        return Reply(status, answered, payload)
+        self._metrics.observe(head.route, status, time.perf_counter() - started)
+        return Reply(status, kind, identity, payload)
 
     async def _read(self, receive: Receive) -> bytes:
         message = await receive()
@@ -125,13 +148,12 @@ class Gateway:
             body = b"".join(parts)
         return body
 
-    def _check_size(self, body: bytes) -> None:
-        if len(body) > self.max_body_bytes:
-            raise BodyTooLarge(
-                f"The request body is larger than {self.max_body_bytes} bytes.",
-                hint="Send fewer entities at once, or raise BANQUET_MAX_BODY_BYTES.",
-                limit=self.max_body_bytes,
-            )
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"The request body is larger than {self.max_body_bytes} bytes.",
+            hint="Send fewer entities at once, or raise BANQUET_MAX_BODY_BYTES.",
+            limit=self.max_body_bytes,
+        )
 
 
 class HotRoutes:
@@ -155,6 +177,14 @@ class HotRoutes:
             (route, re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route)), make)
             for route, make in (patterns or {}).items()
         ]
+        self.heads: dict[bytes, KnownHead] = {}
+
+    def learn(self, head: bytes, known: KnownHead) -> None:
+        """Remember a head that passed, byte for byte, unless it is the kind that never comes again."""
+        if known.head.refusal is None and known.head.request_id is None and len(head) <= _LONGEST_HEAD:
+            if len(self.heads) >= _MOST_HEADS:
+                self.heads.clear()
+            self.heads[head] = known
 
     def find(self, method: str, path: str) -> tuple[str, Endpoint] | None:
         """A hot route and its endpoint; None for any other request."""

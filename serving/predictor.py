@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import orjson
+
 from core.entities import EntitySchema
 from core.errors import BanquetError, InvalidEntity
 from core.model import LoadedModel, Predictions
 from core.online import FeaturePlan, FeatureVectors, OnlineReader
+from core.online_json import EPOCH, JsonColumn, event_timestamps, joined, repeated, status_names
 from core.types import FeatureStatus
-from serving.batching import ColumnBatcher, Columns, Finished
+from serving.batching import ColumnBatcher, Columns, Finished, pieces
 from serving.metrics import RequestMetrics
 
 # A predict call that takes longer than this runs in a thread, so that other requests get their turn.
@@ -56,9 +59,10 @@ class Answer:
 
 
 class ServedFeatures:
-    """One plan, read for many requests at once, as the JSON values of Feast's feature server.
+    """One plan, read as the JSON of Feast's feature server.
 
-    ``columns`` names the join keys and request-time inputs that a read has to bring.
+    ``columns`` names the join keys and request-time inputs that a read has to bring. Requests share their
+    round trips as they share the connection; where on-demand views are called, they share the calls too.
     """
 
     def __init__(
@@ -67,18 +71,37 @@ class ServedFeatures:
         self.plan = plan
         self.entities = EntitySchema(plan.join_keys, list(plan.request_inputs.values()), max_entities)
         self.columns = (*(key.name for key in plan.join_keys), *plan.request_inputs)
-        self._batcher: ColumnBatcher[FeatureVectors] = ColumnBatcher(
+        self._reader = reader
+        self._slice_rows = slice_rows
+        self._computing: ColumnBatcher[FeatureVectors] = ColumnBatcher(
             partial(reader.read, plan, as_json=True), slice_rows=slice_rows
         )
 
-    async def read(
-        self, columns: Columns, rows: int, finish: Callable[[FeatureVectors, Columns], Finished]
-    ) -> list[Finished]:
-        """Read ``rows`` checked entities; ``finish`` is called with each slice's vectors and columns.
+    async def read(self, columns: Columns, rows: int) -> list[JsonColumn]:
+        """Read ``rows`` checked entities, in the order of ``plan.names``; raises as ``OnlineReader.read``."""
+        if self.plan.computes:
+            slices = await self._computing.run(columns, rows, self._written)
+        elif rows <= self._slice_rows:
+            return await self._reader.read_json(self.plan, columns, rows)
+        else:
+            slices = [
+                await self._reader.read_json(self.plan, piece, count)
+                for piece, count in pieces(columns, rows, self._slice_rows)
+            ]
+        return slices[0] if len(slices) == 1 else list(map(joined, zip(*slices, strict=True)))
 
-        Raises as ``OnlineReader.read`` does.
-        """
-        return await self._batcher.run(columns, rows, finish)
+    def _written(self, vectors: FeatureVectors, _: Columns) -> list[JsonColumn]:
+        rows = vectors.rows
+        times = {view: event_timestamps(events, rows)[0] for view, events in vectors.event_ns.items()}
+        never = repeated(EPOCH, rows)
+        return [
+            (
+                orjson.dumps(vectors.values[name]),
+                status_names(vectors.statuses[name], rows),
+                times.get(self.plan.stored_in.get(name, ""), never),
+            )
+            for name in self.plan.names
+        ]
 
 
 class VectorPredictor:
