@@ -314,7 +314,7 @@ class OnlineReader:
     async def read_json(
         self, plan: FeaturePlan, columns: Mapping[str, Sequence[Any]], rows: int, now_ns: int | None = None
     ) -> list[JsonColumn]:
-        """What ``read`` gives with ``as_json``, as text in the order of ``plan.names``; only stored features."""
+        """What ``read`` gives with ``as_json``, as text, in the order of ``plan.names``; nothing computed."""
         now_ns = time.time_ns() if now_ns is None else now_ns
         found: list[JsonColumn] = []
         for group, hashes in await self._hashes(plan, columns, rows):
