@@ -150,8 +150,10 @@ def _keys(view: View, name: str, dtype: Dtype, values: list[Any]) -> list[Any]:
 
 def _features(view: View, name: str, feature: Feature, values: list[Any]) -> list[Any]:
     expectation = Expectation.parse(view.name, feature)
-    if expectation.empty and json_values.uniform(values, feature.dtype):
-        return values
+    if expectation.empty:
+        present = [value for value in values if value is not None] if None in values else values
+        if json_values.uniform(present, feature.dtype):
+            return values
     checked = []
     for row, value in enumerate(values):
         missing = value is None

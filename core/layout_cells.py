@@ -14,7 +14,7 @@ import math
 import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,11 @@ def encode_timestamp(nanoseconds: int) -> bytes:
     bytes rounds down to them first, as ``layout_rows`` does.
     """
     seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    head = b"\x08" + varint(seconds) if seconds else b""
+    head = b"\x08" + _second(seconds) if seconds else b""
     return head + b"\x10" + varint(rest) if rest else head
+
+
+_second = lru_cache(256)(varint)  # events of a stream share few of them
 
 
 def encode_value(value: Any, dtype: Dtype) -> bytes:
@@ -95,6 +98,18 @@ def encode_value(value: Any, dtype: Dtype) -> bytes:
     if dtype is Dtype.UNIX_TIMESTAMP and value is not None and layout_values.is_missing(value):
         return _NULL_TIMESTAMP_CELL
     return layout_values.encode(value, dtype)
+
+
+def encode_column(values: Sequence[Any], dtype: Dtype) -> list[bytes]:
+    """``encode_value`` by column.
+
+    Raises:
+        InvalidFeatureValue: a value cannot be of that type.
+    """
+    if dtype is Dtype.DOUBLE and set(map(type, values)) == {float}:
+        pack = _DOUBLE.pack
+        return [b"" if value != value else pack(0x29, value) for value in values]
+    return [encode_value(value, dtype) for value in values]
 
 
 _DOUBLE = struct.Struct("<Bd")

@@ -9,6 +9,7 @@ Knows Redis and, through ``core.layout``, Feast's bytes; knows no source and no 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,7 +48,7 @@ WATCHED_ROWS = 64
 CONNECTIONS = 3
 OPTIMISTIC_ATTEMPTS = 3
 # Below it, preparing the columns costs more than it saves.
-BULK_ROWS = 64
+BULK_ROWS = 128
 RETRY_DELAYS_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 
 _ARROW = {
@@ -93,12 +94,12 @@ def encode_rows(
     names = [layout.timestamp_field(view.stored_name)]
     names += [layout.feature_field(view.stored_name, feature.name) for feature in view.features]
     cells = [[layout.encode_timestamp(ns) for ns in event_ns]]
-    cells += [[layout.encode_value(v, f.dtype) for v in columns[f.name]] for f in view.features]
-    heads = [bulk_string(name) for name in names]
-    fields = [
-        b"".join(part for head, cell in zip(heads, row, strict=True) for part in (head, bulk_string(cell)))
-        for row in zip(*cells, strict=True)
-    ]
+    cells += [layout.encode_column(columns[f.name], f.dtype) for f in view.features]
+    parts: list[Iterable[bytes]] = []
+    for name, column in zip(names, cells, strict=True):
+        heads = {size: bulk_string(name) + b"$%d\r\n" % size for size in set(map(len, column))}
+        parts += [[heads[len(cell)] for cell in column], column, itertools.repeat(b"\r\n", len(column))]
+    fields = list(map(b"".join, zip(*parts, strict=True)))
     return EncodedRows(
         rows=len(keys),
         key=(pa.array([bulk_string(key) for key in keys], pa.large_binary()),),

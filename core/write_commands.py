@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from core import layout
 from core.layout_columns import Piece
-from core.layout_rows import EncodedRows, assemble, bulk_string, command_head
+from core.layout_rows import Commands, EncodedRows, assemble, bulk_string, command_head
 
 SLICE_BYTES = 1 << 20
 _SLOTS = 16384
@@ -105,8 +105,6 @@ class Batch:
         self._timestamp_field = layout.timestamp_field(stored_view)
         self._rows = rows
         self.names = assemble(len(rows), *rows.key)
-        look = command_head(3) + bulk_string(b"HGET")
-        self.lookups = assemble(len(rows), look, *rows.key, bulk_string(self._timestamp_field))
         head = command_head(2 + 2 * rows.field_count) + bulk_string(b"HSET")
         expire: tuple[Piece, ...] = ()
         self._tail = 0
@@ -125,6 +123,12 @@ class Batch:
     def keys(self) -> list[bytes]:
         """The Redis keys."""
         return self._rows.keys()
+
+    @cached_property
+    def lookups(self) -> Commands:
+        """What reads the rows' stored timestamps."""
+        look = command_head(3) + bulk_string(b"HGET")
+        return assemble(len(self), look, *self._rows.key, bulk_string(self._timestamp_field))
 
     def slices(self, limit: int) -> Iterator[range]:
         """Ranges of at most ``limit`` rows and about ``SLICE_BYTES``, in order."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core import json_values
 from core.errors import InvalidRow
@@ -35,9 +38,9 @@ def test_checked_rows_have_a_column_for_each_key_and_feature_and_times_in_nanose
 
 def test_a_row_without_a_created_timestamp_was_created_when_it_arrived() -> None:
     later = NOW + timedelta(seconds=3)
-    for given in (ROW, {**ROW, "loaded": [None]}):
-        assert check_rows(VIEW, given, now=later).created_ns == [NOON_NS + 3 * 10**9]
-        assert check_rows(VIEW, given, now=later, arrived_ns=[5]).created_ns == [5]
+    for row in (ROW, {**ROW, "loaded": [None]}):
+        assert check_rows(VIEW, row, now=later).created_ns == [NOON_NS + 3 * 10**9]
+        assert check_rows(VIEW, row, now=later, arrived_ns=[5]).created_ns == [5]
 
 
 def test_the_names_of_the_remote_client_are_taken_where_they_are_asked_for_only() -> None:
@@ -103,3 +106,34 @@ def test_json_too_deep_to_store_is_refused() -> None:
         with pytest.raises(json_values.NotOfType):
             json_values.read({"a": deep} if dtype is Dtype.MAP else deep, dtype)
     assert json_values.describe(deep) == "a list"
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from([Dtype.INT32, Dtype.INT64, Dtype.DOUBLE, Dtype.FLOAT, Dtype.BOOL, Dtype.STRING]),
+    st.sampled_from([st.floats(), st.integers(-(2**70), 2**70), st.booleans(), st.text(max_size=3)]),
+    st.data(),
+)
+def test_a_column_that_is_taken_at_once_holds_nothing_that_one_by_one_would_refuse(
+    dtype: Dtype, values: st.SearchStrategy[Any], data: st.DataObject
+) -> None:
+    column = data.draw(st.lists(values | st.sampled_from([0.5, 3.5e38, -3.5e38, 1.7e308]), max_size=4))
+    if json_values.uniform(column, dtype):
+        assert [json_values.read(value, dtype) for value in column] == column
+
+
+def test_ordinary_columns_are_taken_at_once() -> None:
+    for dtype, column in (
+        (Dtype.DOUBLE, [0.5, -1e300]),
+        (Dtype.FLOAT, [0.5, 3.4e38]),
+        (Dtype.BOOL, [True, False]),
+    ):
+        assert json_values.uniform(column, dtype)
+
+
+@pytest.mark.parametrize("nothing", [True, False])
+def test_a_null_among_numbers_stays_one(nothing: bool) -> None:
+    view = replace(VIEW, features=(Feature("score", Dtype.DOUBLE, {}),))
+    scores = [None if nothing else 0.5, None]
+    given = {"user_id": [1, 2], "score": scores, "at": ROW["at"] * 2}
+    assert check_rows(view, given, now=NOW).columns["score"] == scores

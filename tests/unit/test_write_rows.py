@@ -56,4 +56,5 @@ def test_many_rows_have_the_bytes_of_single_ones(rows: list[tuple[Any, ...]]) ->
     many = (rows * BULK_ROWS)[: BULK_ROWS + 3]
     together = encoded(many)
     assert blocks(together) == [block for row in many for block in blocks(encoded([row]))]
+    assert blocks(encoded(rows)) == [block for row in rows for block in blocks(encoded([row]))]
     assert together.event_ns.tolist() == [row[-1] // 1000 * 1000 for row in many]
