@@ -79,8 +79,10 @@ class ServiceSchema:
         """What a model trained on this schema would find changed where ``serves`` is served, sorted."""
         was = {feature.name: feature for feature in self.features}
         now = {feature.name: feature for feature in serves.features}
-        problems = [f"{gone} is gone" for gone in was if gone not in now]
-        problems += [f"{new} is new" for new in now if new not in was]
+        renamed = self._renamed(serves)
+        problems = [f"{old} is gone, probably renamed to {new}" for old, new in renamed.items()]
+        problems += [f"{gone} is gone" for gone in was if gone not in now and gone not in renamed]
+        problems += [f"{new} is new" for new in now if new not in was and new not in renamed.values()]
         for feature in was.keys() & now.keys():
             if was[feature].dtype is not now[feature].dtype:
                 problems.append(f"{feature} was {was[feature].dtype.name} and is {now[feature].dtype.name}")
@@ -92,10 +94,38 @@ class ServiceSchema:
         if self.service != serves.service:
             problems.append(f"the feature service is {serves.service}")
         if self.join_keys != serves.join_keys:
-            problems.append("the join keys changed")
+            problems.append(
+                f"the join keys were {_listed(self.join_keys)} and are {_listed(serves.join_keys)}"
+            )
         if self.request_inputs != serves.request_inputs:
-            problems.append("the request-time inputs changed")
+            inputs, others = _listed(self.request_inputs), _listed(serves.request_inputs)
+            problems.append(f"the request-time inputs were {inputs} and are {others}")
         return sorted(problems)
+
+    def _renamed(self, serves: ServiceSchema) -> dict[str, str]:
+        """Features that are gone, and new ones of the same type and ttl that probably are the same.
+
+        Those of the same name in another view first, then those in the same place, then the only one.
+        """
+        was, now = ({f.name for f in schema.features} for schema in (self, serves))
+        gone = [(place, f) for place, f in enumerate(self.features) if f.name not in now]
+        new = [(place, f) for place, f in enumerate(serves.features) if f.name not in was]
+        pairs: list[tuple[int, str, str]] = []
+        for place, old in gone:
+            for other_place, other in new:
+                if (old.dtype, old.ttl_seconds) != (other.dtype, other.ttl_seconds):
+                    continue
+                if old.name.rpartition("__")[2] == other.name.rpartition("__")[2]:
+                    pairs.append((0, old.name, other.name))
+                elif place == other_place:
+                    pairs.append((1, old.name, other.name))
+                elif len(gone) == len(new) == 1:
+                    pairs.append((2, old.name, other.name))
+        found: dict[str, str] = {}
+        for _, name, other_name in sorted(pairs):
+            if name not in found and other_name not in found.values():
+                found[name] = other_name
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +259,10 @@ class ModelManifest:
             raise InvalidManifest(f"{MANIFEST_FILE} is not JSON: {exc}.") from exc
         except records.NotRecord as exc:
             raise InvalidManifest(f"{exc}.") from exc
+
+
+def _listed(fields: tuple[Field, ...]) -> str:
+    return ", ".join(f"{f.name} ({f.dtype.name})" for f in fields) or "none"
 
 
 def finite_or_none(tree: Any) -> Any:

@@ -211,9 +211,10 @@ class LoadedModel:
                 expected = float(row.prediction)  # type: ignore[arg-type]
                 difference = abs(found.labels[i] - expected) / max(abs(expected), 1.0)
             if not difference <= _GOLDEN_TOLERANCE:
+                off = f"it differs by {difference:.3g}, allowed are {_GOLDEN_TOLERANCE:g}"
                 raise GoldenMismatch(
                     f"Model {self.manifest.name} version {self.manifest.version} does not reproduce golden "
-                    f"row {i}: it differs by {difference:.3g}, allowed are {_GOLDEN_TOLERANCE:g}.",
+                    f"row {i}: {off if i not in found.errors else 'it fails, or gives no number'}.",
                     hint="Serve it with the library versions in its manifest, or train it anew.",
                     row=i,
                     difference=difference,

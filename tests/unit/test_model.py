@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,10 @@ OTHER_SCHEMAS = {
         features=(SPEND, replace(VISITS, ttl_seconds=60.0))
     ),
     "the order of the features changed": schema(features=(VISITS, SPEND)),
-    "the join keys changed": schema(join_keys=(Field("user_id", Dtype.STRING),)),
-    "the request-time inputs changed": schema(request_inputs=()),
+    "the join keys were user_id (INT64) and are user_id (STRING)": schema(
+        join_keys=(Field("user_id", Dtype.STRING),)
+    ),
+    "the request-time inputs were basket_value (DOUBLE) and are none": schema(request_inputs=()),
     "the feature service is churn_v2": schema(service="churn_v2"),
 }
 
@@ -108,12 +110,65 @@ def test_a_model_for_other_features_is_refused_and_told_which(
     assert caught.value.hint
 
 
-def test_a_renamed_feature_is_one_gone_and_one_new(registry: ModelRegistry) -> None:
+AGE = ServedFeature("account__age", Dtype.INT64, 86400.0)
+RENAMED = {
+    "the place": (
+        schema(features=(SPEND, replace(VISITS, name="account__calls"))),
+        ["account__visits is gone, probably renamed to account__calls"],
+    ),
+    "the name in another view": (
+        schema(features=(replace(VISITS, name="usage__visits"), AGE, replace(SPEND, name="usage__spend"))),
+        [
+            "account__age is new",
+            "account__spend is gone, probably renamed to usage__spend",
+            "account__visits is gone, probably renamed to usage__visits",
+        ],
+    ),
+    "the only one": (
+        schema(features=(replace(VISITS, name="account__calls"), SPEND)),
+        ["account__visits is gone, probably renamed to account__calls"],
+    ),
+    "nothing: another type": (
+        schema(features=(SPEND, replace(VISITS, name="account__calls", dtype=Dtype.STRING))),
+        ["account__calls is new", "account__visits is gone"],
+    ),
+    "nothing: another ttl": (
+        schema(features=(SPEND, replace(VISITS, name="account__calls", ttl_seconds=0.0))),
+        ["account__calls is new", "account__visits is gone"],
+    ),
+    "nothing: two it could be": (
+        schema(features=(replace(VISITS, name="account__calls"), SPEND, AGE)),
+        ["account__age is new", "account__calls is new", "account__visits is gone"],
+    ),
+}
+
+
+@pytest.mark.parametrize("told_by", RENAMED)
+def test_a_renamed_feature_is_named_as_probably_renamed(registry: ModelRegistry, told_by: str) -> None:
     packages.register_linear(registry)
-    renamed = schema(features=(SPEND, replace(VISITS, name="account__calls")))
+    serves, differences = RENAMED[told_by]
     with pytest.raises(SchemaMismatch) as caught:
-        LoadedModel.load(registry, "churn", 1, renamed)
-    assert caught.value.details["differences"] == ["account__calls is new", "account__visits is gone"]
+        LoadedModel.load(registry, "churn", 1, serves)
+    assert caught.value.details["differences"] == differences
+
+
+def test_without_scikit_learn_a_compiled_model_loads_and_another_is_refused(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("core.model.version", absent)
+    packages.register_linear(registry, libraries={"scikit-learn": "1.7.0"})
+    assert LoadedModel.load(registry, "churn", 1, packages.SCHEMA)
+    packages.register(
+        registry,
+        libraries={"scikit-learn": "1.7.0"},
+        compiled=CompiledForm("sklearn", MODEL_FILE, 0.0, True, 0),
+    )
+    with pytest.raises(LibraryMismatch, match=r"scikit-learn 1\.7\.0; here is none") as caught:
+        LoadedModel.load(registry, "churn", 2, packages.SCHEMA)
+    assert "scikit-learn==1.7.0" in (caught.value.hint or "")
 
 
 def test_another_scikit_learn_is_refused_and_names_both(registry: ModelRegistry) -> None:
@@ -131,7 +186,7 @@ def test_a_model_that_predicts_otherwise_than_recorded_is_refused(registry: Mode
 
 def test_a_model_that_predicts_nan_is_refused(registry: ModelRegistry) -> None:
     packages.register_linear(registry, weights=(1.0, NAN))
-    with pytest.raises(GoldenMismatch):
+    with pytest.raises(GoldenMismatch, match="golden row 0: it fails, or gives no number"):
         LoadedModel.load(registry, "churn", 1, packages.SCHEMA)
 
 
