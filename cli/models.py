@@ -292,6 +292,26 @@ def pins(ctx: Context, references: tuple[str, ...]) -> None:
     ctx.report(data, json.dumps(data, indent=2))
 
 
+@models.command()
+@click.argument("reference")
+@click.option("--to", "target", type=click.Choice(["mlflow"]), required=True, help="The other registry.")
+@click.option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", required=True, help="MLflow's address.")
+@click.option("--experiment", help="MLflow experiment; default: the model's name.")
+@click.pass_obj
+def export(ctx: Context, reference: str, target: str, tracking_uri: str, experiment: str | None) -> None:  # noqa: ARG001
+    """Log a version to MLflow, register it there and give it its aliases; once, however often it is run."""
+    from dataclasses import asdict
+
+    from training.mlflow_export import export as run
+
+    registry = open_registry()
+    name, version = registry.resolve(reference)
+    done = run(registry, name, version, tracking_uri=tracking_uri, experiment=experiment or name)
+    state = "is" if done.was_there else "is now"
+    text = f"{name}/{version} {state} models:/{name}/{done.mlflow_version} in MLflow"
+    ctx.report(asdict(done), text + (f" ({', '.join(done.aliases)})" if done.aliases else ""))
+
+
 def report_change(ctx: Context, name: str, change: Change) -> None:
     """What a change left: aliases and rollout."""
     ctx.report(change_data(change), f"{name}: {_traffic_text(change)}")

@@ -39,6 +39,7 @@ BanquetError
 │       ├── SchemaMismatch
 │       ├── LibraryMismatch
 │       └── GoldenMismatch
+├── ExportFailed                another model registry did not take a version
 ├── CorruptCell                 a stored value is not what Feast would have stored
 ├── RedisReplyError             Redis refused a command (WRONGTYPE and the like)
 ├── OnDemandFailed              an on-demand view's function failed on a row
@@ -128,6 +129,10 @@ class InvalidLock(InvalidInput):
 
 class InvalidFeatureValue(InvalidInput):
     """A feature value cannot be of its declared type."""
+
+
+class ExportFailed(BanquetError):
+    """The other registry did not take the model."""
 
 
 class CorruptCell(BanquetError):

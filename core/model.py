@@ -124,14 +124,11 @@ class LoadedModel:
         manifest = registry.verify(name, number)
         _check_schema(manifest, serves)
         _check_libraries(manifest)
-        content = registry.artifact(manifest, manifest.compiled.artifact)
         runner: Runner
         if manifest.compiled.form == "onnx":
-            runner = OnnxRunner(content)
+            runner = OnnxRunner(registry.artifact(manifest, manifest.compiled.artifact))
         else:
-            file = manifest.estimator_file
-            what = f"{file} of model {name} version {number}"
-            runner = SklearnRunner(estimator_file.load(content, file, registry.trust, what))
+            runner = SklearnRunner(load_estimator(registry, manifest))
         model = cls(manifest, runner)
         model.check_golden()
         return model
@@ -219,6 +216,13 @@ class LoadedModel:
                     row=i,
                     difference=difference,
                 )
+
+
+def load_estimator(registry: ModelRegistry, manifest: ModelManifest) -> Any:
+    """The fitted estimator of a package. Raises DigestMismatch, and as ``estimator_file.load``."""
+    file = manifest.estimator_file
+    what = f"{file} of model {manifest.name} version {manifest.version}"
+    return estimator_file.load(registry.artifact(manifest, file), file, registry.trust, what)
 
 
 def _check_schema(manifest: ModelManifest, serves: ServiceSchema) -> None:
