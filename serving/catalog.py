@@ -12,7 +12,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from core.errors import BanquetError, InvalidRepository, ModelNotFound, ModelNotReady, Unavailable
+from core.errors import (
+    BanquetError,
+    CheckFailed,
+    InvalidRepository,
+    ModelNotFound,
+    ModelNotReady,
+    Unavailable,
+)
 from core.model import LoadedModel
 from core.observed import PROBABILITY_EDGES, value_edges
 from core.online import FeaturePlan, OnlineReader
@@ -54,6 +61,7 @@ class Catalog:
         self._features: OrderedDict[str | tuple[str, ...], ServedFeatures] = OrderedDict()
         self._deployments: dict[str, Deployment] = {}
         self._seen: dict[str, Change] = {}
+        self._known: dict[str, Change] = {}
         self._refused: dict[tuple[str, int], BanquetError] = {}
         self._recorders: dict[str, TrialRecorder] = {}
         self._failure: BanquetError | None = None
@@ -254,12 +262,21 @@ class Catalog:
                 await self._deploy(name, change, current.versions if current else {})
 
     def _changes(self) -> dict[str, Change]:
-        """The state of each model that has a champion."""
+        """The state of each model that has a champion; the last that was read where it cannot be trusted.
+
+        No model is forgotten: one that comes back with an older history would be believed.
+        """
         found = {}
-        for name in self._registry.names():
-            change = self._registry.latest(name, self._seen.get(name))
-            if change is not None and CHAMPION in change.aliases:
-                found[name] = change
+        for name in sorted({*self._registry.names(), *self._known}):
+            try:
+                change = self._registry.latest(name, self._known.get(name))
+            except CheckFailed as exc:
+                self._note("models", exc)
+                change = self._known.get(name)
+            if change is not None:
+                self._known[name] = change
+                if CHAMPION in change.aliases:
+                    found[name] = change
         return found
 
     async def _deploy(self, name: str, change: Change, loaded: Mapping[int, ServedModel]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import re
+import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -148,6 +150,32 @@ def test_a_champion_that_fails_its_checks_never_serves(scene: Scene, tmp_path: P
     scene.until(lambda: scene.client.get("/health").json()["refused"][-1]["code"] == "digest_mismatch")
     assert scene.predict()[:2] == (1, "champion")
 
+    scene.registry.promote(MODEL, 3)
+    scene.until(lambda: scene.predict()[:2] == (3, "champion"))
+
+
+def test_a_server_never_goes_back_to_a_state_that_it_has_left(scene: Scene, tmp_path: Path) -> None:
+    """The model taken away, then put back with an older history: what serves goes on serving."""
+    folder = tmp_path / "models" / MODEL
+    shutil.copytree(folder, tmp_path / "old")
+    scene.registry.promote(MODEL, 2)
+    scene.until(lambda: scene.predict()[:2] == (2, "champion"))
+
+    def failures() -> float:
+        found = re.search(
+            r'refresh_failures_total{[^}]*"models"[^}]*} ([0-9.]+)', scene.client.get("/metrics").text
+        )
+        return float(found[1]) if found else 0.0
+
+    for replay in (lambda: None, lambda: shutil.copytree(tmp_path / "old", folder)):
+        if not (tmp_path / "newer").exists():
+            folder.rename(tmp_path / "newer")
+        replay()
+        seen = failures()
+        scene.until(lambda seen=seen: failures() >= seen + 2, seconds=10.0)  # type: ignore[misc]
+        assert scene.predict()[:2] == (2, "champion")
+    shutil.rmtree(folder)
+    (tmp_path / "newer").rename(folder)
     scene.registry.promote(MODEL, 3)
     scene.until(lambda: scene.predict()[:2] == (3, "champion"))
 
