@@ -2,8 +2,8 @@
 
     python bench/soak.py [--minutes 30] [--workers 2] [--rate 200] [--promote-seconds 4] [--scratch DIR]
 
-A real server under a load of about a fifth of a core. Every promotion makes each worker load a model, check
-it, swap it in and let the old one go. What is reported is the slope of each worker's resident memory after a
+A real server under a load of about a fifth of a core. Every promotion makes each worker load a version, check
+it, swap it in and let another go. What is reported is the slope of each worker's resident memory after a
 warm-up, with its 95 % confidence interval: ordinary least squares over half-minute means, the interval
 widened for the autocorrelation of the residuals (n (1 - r) / (1 + r) independent ones, r at lag 1). A failed
 request or a worker that ended makes the run a failure.
@@ -39,6 +39,8 @@ from userbase import USERS, Userbase, free_port, userbase, wait_for  # noqa: E40
 from core.registry import CHAMPION, ModelRegistry  # noqa: E402
 
 MODEL = "churn"
+# The champion and the previous one stay loaded: of three, every promotion loads one and lets one go.
+VERSIONS = 3
 CONNECTIONS = 8
 REQUESTS_PER_CONNECTION = 200
 ENTITIES = 10
@@ -69,15 +71,15 @@ def main() -> None:
     """Run, print, write bench/results/soak.json and soak.svg; exit 1 where a request failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warm-up-minutes", type=float, help="default: a sixth of the time")
+    parser.add_argument("--warm-up-minutes", type=float, help="default: half of the time")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second")
     parser.add_argument("--promote-seconds", type=float, default=4.0)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "banquet-bench")
     args = parser.parse_args()
-    warm_up = args.minutes * 60 / 6 if args.warm_up_minutes is None else args.warm_up_minutes * 60
+    warm_up = args.minutes * 60 / 2 if args.warm_up_minutes is None else args.warm_up_minutes * 60
     with userbase(args.scratch) as scene, tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        registry = two_versions(scene, Path(folder))
+        registry = with_versions(scene, Path(folder))
         seen, samples, promotions, cpu = soak(scene, registry, args)
     slopes = {pid: slope([(t, mb) for t, mb in found if t >= warm_up]) for pid, found in samples.items()}
     record = {
@@ -114,9 +116,9 @@ def main() -> None:
     sys.exit(bool(seen.failures) or len(samples) != args.workers)
 
 
-def two_versions(scene: Userbase, folder: Path) -> ModelRegistry:
-    """A copy of the scene's registry with two versions of its model, so that promotions leave no trace."""
-    if len(ModelRegistry(str(scene.folder / "models")).versions(MODEL)) < 2:
+def with_versions(scene: Userbase, folder: Path) -> ModelRegistry:
+    """A copy of the scene's registry with three versions of its model, so that promotions leave no trace."""
+    while len(ModelRegistry(str(scene.folder / "models")).versions(MODEL)) < VERSIONS:
         scene.run("banquet", "--repo", ".", "train", "--spec", f"{HERE / 'users_model.py'}:churn")
     shutil.copytree(scene.folder / "models", folder / "models")
     return ModelRegistry(str(folder / "models"))
@@ -165,8 +167,8 @@ async def _soak(
         for worker in parent.children():
             samples.setdefault(worker.pid, []).append((now - started, worker.memory_info().rss / 1e6))
         if now >= next_promotion:
-            champion = registry.aliases(MODEL)[CHAMPION]
-            await asyncio.to_thread(registry.promote, MODEL, 2 if champion == 1 else 1, why="soak")
+            version = registry.aliases(MODEL)[CHAMPION] % VERSIONS + 1
+            await asyncio.to_thread(registry.promote, MODEL, version, why="soak")
             promotions += 1
             next_promotion = now + args.promote_seconds
         await asyncio.sleep(SAMPLE_SECONDS)
