@@ -53,7 +53,7 @@ class Served:
 
 @contextmanager
 def served(repo: Path, workers: int, environ: Mapping[str, str] | None = None) -> Iterator[Served]:
-    """``banquet serve``, until the block ends; ready when it begins."""
+    """``banquet serve``, until the block ends; all its workers are ready when it begins."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("banquet")), "--repo", str(repo), "serve"]
     log = repo / f"serve-{port}.log"
@@ -70,8 +70,9 @@ def served(repo: Path, workers: int, environ: Mapping[str, str] | None = None) -
         )
     found = Served(process, port, log)
     try:
-        wait(lambda: found.metric("banquet_worker_memory_bytes") > 0, "the server answers", START_SECONDS)
-        wait(lambda: len(found.workers()) == workers, "all workers are there")
+        for slot in range(workers):
+            labels = "banquet_worker_memory_bytes", f'worker="{slot}"'
+            wait(lambda labels=labels: found.metric(*labels) > 0, "every worker reports", START_SECONDS)
         yield found
     finally:
         if process.poll() is None:
