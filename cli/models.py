@@ -93,7 +93,7 @@ def list_models(ctx: Context) -> None:
         try:
             found["aliases"] = registry.aliases(name)
         except CheckFailed as error:
-            found |= {"code": error.code, "detail": str(error)}
+            found |= {"code": error.code, "detail": error.message}
         data.append(found)
     width = max((len(found["name"]) for found in data), default=0)
     lines = []
@@ -108,7 +108,10 @@ def list_models(ctx: Context) -> None:
 @click.argument("reference")
 @click.pass_obj
 def show(ctx: Context, reference: str) -> None:
-    """The manifest of a version: NAME@ALIAS, NAME/VERSION or NAME (its champion)."""
+    """A version's manifest.
+
+    REFERENCE is NAME@ALIAS, NAME/VERSION or NAME, which means its champion.
+    """
     import json
 
     registry = open_registry()
@@ -124,7 +127,10 @@ def show(ctx: Context, reference: str) -> None:
 @click.option("--why", default="", help="Kept in the history.")
 @click.pass_obj
 def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
-    """Make a version champion; the champion before it becomes `previous`."""
+    """Make a version champion.
+
+    The champion before it becomes `previous`, which `rollback` brings back.
+    """
     report_change(ctx, name, open_registry().promote(name, version, why=why))
 
 
@@ -196,7 +202,10 @@ def history(ctx: Context, name: str) -> None:
 @click.argument("reference", required=False)
 @click.pass_obj
 def verify(ctx: Context, reference: str | None) -> None:
-    """Re-check digests, signatures and histories, of one version or of all; exit 1 where one fails."""
+    """Re-check digests, signatures, histories.
+
+    Of one version, or of everything; exit 1 where one fails.
+    """
     from core.errors import BanquetError
 
     registry = open_registry()
@@ -232,7 +241,10 @@ def verify(ctx: Context, reference: str | None) -> None:
 @click.option("--why", default="", help="Kept in the history.")
 @click.pass_obj
 def prune(ctx: Context, name: str, keep: int | None, older_than: str | None, dry_run: bool, why: str) -> None:
-    """Remove old versions, never one that an alias or a rollout points to."""
+    """Remove old versions that are not in use.
+
+    A version that an alias or a rollout points to stays, and so does one whose manifest is not sound.
+    """
     from dataclasses import asdict
 
     from cli.features import duration
@@ -251,9 +263,10 @@ def prune(ctx: Context, name: str, keep: int | None, older_than: str | None, dry
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.pass_obj
 def sign(ctx: Context, names: tuple[str, ...]) -> None:
-    """Sign what was there before BANQUET_REGISTRY_KEY was set, or before its first key was.
+    """Sign what is not signed by the first key.
 
-    You vouch for what is unsigned: nothing says where it came from.
+    For what was there before BANQUET_REGISTRY_KEY was set, and for a change of keys. You vouch for what is
+    unsigned: nothing says where it came from.
     """
     registry = open_registry()
     data, lines = [], []
@@ -270,7 +283,10 @@ def sign(ctx: Context, names: tuple[str, ...]) -> None:
 @click.argument("references", nargs=-1, metavar="[REFERENCE]...")
 @click.pass_obj
 def pins(ctx: Context, references: tuple[str, ...]) -> None:
-    """The digests of these versions, or of every aliased one, as BANQUET_PINNED_MODELS takes them."""
+    """Print what BANQUET_PINNED_MODELS takes.
+
+    The digests of these versions, or of every version that has an alias.
+    """
     import json
 
     from core.registry import ModelRegistry
@@ -295,11 +311,14 @@ def pins(ctx: Context, references: tuple[str, ...]) -> None:
 @models.command()
 @click.argument("reference")
 @click.option("--to", "target", type=click.Choice(["mlflow"]), required=True, help="The other registry.")
-@click.option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", required=True, help="MLflow's address.")
+@click.option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", show_envvar=True, required=True)
 @click.option("--experiment", help="MLflow experiment; default: the model's name.")
 @click.pass_obj
 def export(ctx: Context, reference: str, target: str, tracking_uri: str, experiment: str | None) -> None:  # noqa: ARG001
-    """Log a version to MLflow, register it there and give it its aliases; once, however often it is run."""
+    """Put a version into MLflow.
+
+    It is logged, registered and given the aliases that it has here; once, however often this is run.
+    """
     from dataclasses import asdict
 
     from training.mlflow_export import export as run

@@ -91,6 +91,11 @@ def test_a_version_is_asked_for_by_name_alias_or_number(scene: Scene) -> None:
         ("/models/scores/versions/x/predict", "has no version 'x'"),
         ("/models/scores@nobody/predict", "has no alias 'nobody' here. Its aliases: challenger, champion"),
         ("/models/others/predict", "There is no model 'others'. Models: scores"),
+        ("/models/%2e%2e%2fscores/predict", ""),
+        ("/models/..%5cscores@champion/predict", ""),
+        ("/models/scores@..%2f1/predict", ""),
+        ("/models/scores/versions/..%2f1/predict", ""),
+        ("/v2/models/%2e%2e%2fscores/infer", ""),
     ],
 )
 def test_what_does_not_serve_is_a_404_that_says_what_does(scene: Scene, path: str, says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from core.manifest import (
@@ -30,6 +31,16 @@ SCHEMA = ServiceSchema(
     join_keys=(Field("user_id", Dtype.INT64),),
     request_inputs=(Field("basket_value", Dtype.DOUBLE),),
 )
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def manifest(

@@ -26,16 +26,6 @@ TARGET = MATRIX @ [1.0, 2.0]
 TREE = "sklearn.tree._tree.Tree"
 
 
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 def register(registry: ModelRegistry, file: str, estimator: Any) -> None:
     """A version that is served by scikit-learn, from this file."""
     content = estimator if isinstance(estimator, bytes) else estimator_file.dump(estimator, file)
@@ -61,7 +51,7 @@ def test_a_stored_estimator_predicts_what_it_did(tmp_path: Path, file: str) -> N
 
 def test_nothing_is_unpickled_where_that_is_off(tmp_path: Path) -> None:
     registry = ModelRegistry(str(tmp_path / "models"), Trust.of(unpickle=False))
-    register(registry, MODEL_FILE, pickle.dumps(Bomb(tmp_path / "fired")))
+    register(registry, MODEL_FILE, pickle.dumps(packages.Bomb(tmp_path / "fired")))
     with pytest.raises(PickleRefused, match="BANQUET_ALLOW_PICKLE") as caught:
         load(registry)
     assert caught.value.code == "pickle_refused"
@@ -70,7 +60,7 @@ def test_nothing_is_unpickled_where_that_is_off(tmp_path: Path) -> None:
 
 def test_a_pickle_under_the_name_of_a_skops_file_is_not_run(tmp_path: Path) -> None:
     registry = ModelRegistry(str(tmp_path / "models"))
-    register(registry, SKOPS_FILE, pickle.dumps(Bomb(tmp_path / "fired")))
+    register(registry, SKOPS_FILE, pickle.dumps(packages.Bomb(tmp_path / "fired")))
     with pytest.raises(DigestMismatch, match="not in skops' format"):
         load(registry)
     assert not (tmp_path / "fired").exists()
@@ -99,7 +89,7 @@ def test_a_function_in_a_skops_file_is_not_called(tmp_path: Path) -> None:
 
 def test_a_compiled_model_is_served_without_reading_its_estimator(tmp_path: Path) -> None:
     registry = ModelRegistry(str(tmp_path / "models"), Trust.of(unpickle=False))
-    bomb = pickle.dumps(Bomb(tmp_path / "fired"))
+    bomb = pickle.dumps(packages.Bomb(tmp_path / "fired"))
     files = {MODEL_FILE: bomb, BASELINE_FILE: b"rows", packages.GRAPH_FILE: packages.linear_graph((1.0, 2.0))}
     packages.register(registry, files)
     assert load(registry).predict(MATRIX).labels == TARGET.tolist()

@@ -54,16 +54,6 @@ def test_a_sound_package_loads_and_predicts(registry: ModelRegistry) -> None:
     assert model.predict(matrix).labels == [12.0, 24.0]
 
 
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("recorded_form", ["onnx", "sklearn"])
 def test_a_swapped_pickle_is_refused_before_it_can_run(
     registry: ModelRegistry, tmp_path: Path, recorded_form: str
@@ -71,7 +61,7 @@ def test_a_swapped_pickle_is_refused_before_it_can_run(
     artifact = MODEL_FILE if recorded_form == "sklearn" else packages.GRAPH_FILE
     packages.register_linear(registry, compiled=CompiledForm(recorded_form, artifact, 0.0, True, 0))  # type: ignore[arg-type]
     fired = tmp_path / "fired"
-    (tmp_path / "churn/1" / MODEL_FILE).write_bytes(pickle.dumps(Bomb(fired)))
+    (tmp_path / "churn/1" / MODEL_FILE).write_bytes(pickle.dumps(packages.Bomb(fired)))
     with pytest.raises(DigestMismatch, match=MODEL_FILE):
         LoadedModel.load(registry, "churn", 1, packages.SCHEMA)
     assert not fired.exists()

@@ -31,16 +31,6 @@ from tests.support import packages
 KEY, OTHER = "k" * 32, "o" * 32
 
 
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 def opened(path: Path, keys: str = KEY) -> ModelRegistry:
     return ModelRegistry(str(path), Trust.of(keys))
 
@@ -77,7 +67,7 @@ def test_a_pickle_swapped_with_its_digest_runs_without_a_key_and_not_with_one(
     """Why digests are not enough: who can write the file can write its digest."""
     packages.register_linear(registry, compiled=CompiledForm("sklearn", MODEL_FILE, 0.0, True, 0))
     fired = tmp_path / "fired"
-    bomb = pickle.dumps(Bomb(fired))
+    bomb = pickle.dumps(packages.Bomb(fired))
     (churn / "1" / MODEL_FILE).write_bytes(bomb)
     artifacts = json.loads((churn / "1" / MANIFEST_FILE).read_text())["artifacts"]
     edit(churn / "1" / MANIFEST_FILE, artifacts=artifacts | {MODEL_FILE: hashlib.sha256(bomb).hexdigest()})
