@@ -63,6 +63,7 @@ class Link(asyncio.Protocol):
         self._progress = 0.0
         self._transport: asyncio.Transport | None = None
         self._outbox: list[bytes] = []
+        self._crowded = False
         self._reader = hiredis.Reader(replyError=self._refused, notEnoughData=_NOT_YET)
         self._waiting: deque[tuple[Handover[list[Any]], int]] = deque()
         self._replies: list[Any] = []
@@ -71,21 +72,22 @@ class Link(asyncio.Protocol):
     def send(self, payload: bytes, count: int) -> Handover[list[Any]]:
         """Send ``count`` commands; gives all their replies, or raises the first refusal among them.
 
-        An idle link is written to at once. Otherwise what comes in one turn of the loop leaves together
-        at its end, which costs nobody time: the replies to earlier requests are still on their way.
+        What comes in one turn of the loop leaves together at its end. An idle link is written to at once,
+        unless several came together the last time: then they most likely do again.
         """
         future: Handover[list[Any]] = Handover(loop=self._loop)
         if self._transport is None:
             future.set_exception(self._unavailable())
             return future
-        if self._waiting:
+        if not self._waiting:
+            self._progress = self._loop.time()
+            if self._timer is None and self._timeout is not None:
+                self._timer = self._loop.call_later(self._timeout, self._watch)
+        if self._waiting or self._crowded:
             if not self._outbox:
                 self._loop.call_soon(self._flush)
             self._outbox.append(payload)
         else:
-            self._progress = self._loop.time()
-            if self._timer is None and self._timeout is not None:
-                self._timer = self._loop.call_later(self._timeout, self._watch)
             self._transport.write(payload)
         self._waiting.append((future, count))
         self.in_flight += count
@@ -167,6 +169,7 @@ class Link(asyncio.Protocol):
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []
+        self._crowded = len(outbox) > 1
         if self._transport is not None:
             self._transport.write(b"".join(outbox))
 

@@ -194,3 +194,21 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(options: dict[str,
 def test_tls_options_that_cannot_be_used_are_the_repositorys_fault(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRepository, match="ssl_"):
         Dialler.of(ADDRESS, {"ssl": True, **options}, 1.0)
+
+
+def test_what_comes_together_leaves_together_once_it_has_come_together_before() -> None:
+    async def scenario() -> None:
+        link, wire = open_link()
+        for count, writes in ((3, 2), (3, 1), (1, 1), (1, 1)):
+            wire.writes.clear()
+            futures = [link.send(b"c", 1) for _ in range(count)]
+            await asyncio.sleep(0)
+            assert len(wire.writes) == writes
+            assert b"".join(wire.writes) == b"c" * count
+            link.data_received(b"+OK\r\n" * count)
+            assert [future.result() for future in futures] == [[b"OK"]] * count
+        wire.writes.clear()
+        link.send(b"alone", 1)
+        assert wire.writes == [b"alone"], "written at once: the last turn had but one"
+
+    asyncio.run(scenario())
