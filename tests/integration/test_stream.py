@@ -80,6 +80,11 @@ def wait_settled(client: Any, timeout_seconds: float = 30) -> None:
     wait_until(lambda: settled(client), "everything is acknowledged", timeout_seconds)
 
 
+def pending(client: Any) -> int:
+    """How many entries have been read and not acknowledged."""
+    return sum(info["pending"] for info in client.xinfo_groups(STREAM)) if client.exists(STREAM) else 0
+
+
 class Producer(threading.Thread):
     """Adds good and bad events to the stream, one after the other, over about ``seconds``."""
 
@@ -164,8 +169,9 @@ def test_nothing_is_lost_when_the_consumer_is_killed_again_and_again(
     producer.start()
     for _ in range(KILLS):
         with consuming(repo, **QUICK) as consumer:
-            wait_until(consumer.process.is_alive, "the consumer is there")
-            time.sleep(rng.uniform(0.1, 0.9))
+            # However long a consumer takes to start here: it is killed at its work, unless there is none.
+            wait_until(lambda: pending(client) or not producer.is_alive(), "the consumer has read events")
+            time.sleep(rng.uniform(0.0, 0.3))
             consumer.kill()
     producer.join()
     with consuming(repo, **QUICK) as consumer:
