@@ -51,7 +51,7 @@ class Change:
     @property
     def content(self) -> bytes:
         """What is signed: the entry without its signature."""
-        return records.to_json(replace(self, signature=None)).encode()
+        return _text(replace(self, signature=None))
 
     @property
     def digest(self) -> str:
@@ -91,11 +91,8 @@ class ModelHistory:
 
     def append(self, action: str, after: Callable[[Change | None], Traffic], *, who: str, why: str) -> Change:
         """Write the entry whose traffic ``after`` makes of the last one; again where another came first."""
-        done = None
         while True:
             last = self.latest()
-            if done is not None and last is not None and last.digest == done.digest:
-                return done  # the answer to its creation was lost, and the client library asked again
             traffic = after(last)
             done = Change(
                 number=last.number + 1 if last else 1,
@@ -112,7 +109,9 @@ class ModelHistory:
             try:
                 self._write(self._store.create, done)
             except FileExistsError:
-                continue
+                # Unless the answer to our own creation was lost, and the client library asked again.
+                if self._read(done.number) != _text(done):
+                    continue
             return done
 
     def sign(self) -> list[int]:
@@ -170,4 +169,8 @@ class ModelHistory:
         return self._store.read(self._name, _FOLDER, f"{number}.json")
 
     def _write(self, write: Callable[..., None], change: Change) -> None:
-        write(records.to_json(change).encode(), self._name, _FOLDER, f"{change.number}.json")
+        write(_text(change), self._name, _FOLDER, f"{change.number}.json")
+
+
+def _text(change: Change) -> bytes:
+    return records.to_json(change).encode()
