@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -36,7 +37,6 @@ from tests.support.streams import (
 from tests.support.valkey import Cluster, SentinelTrio, Valkey, wait_until
 
 KILLS = int(os.environ.get("BANQUET_TEST_STREAM_KILLS", "10"))
-EVENTS = 200 * KILLS
 NOW = datetime.now(tz=UTC).replace(microsecond=0) - timedelta(hours=5)
 QUICK: dict[str, Any] = {"append_seconds": 0.2, "report_seconds": 0.5}
 
@@ -86,7 +86,7 @@ def pending(client: Any) -> int:
 
 
 class Producer(threading.Thread):
-    """Adds good and bad events to the stream, one after the other, over about ``seconds``."""
+    """Adds good and bad events to the stream, ``rate`` a second: ``count``, or until it is stopped."""
 
     BAD = (
         ({"push_source": "clicks_push", "event": "{"}, "not valid JSON"),
@@ -100,16 +100,19 @@ class Producer(threading.Thread):
         (fields(event(1, 1, NOW, page={"a": 1})), "page"),
     )
 
-    def __init__(self, server: Valkey, count: int, seconds: float, users: int = 40) -> None:
+    def __init__(self, server: Valkey, rate: float, count: int | None = None, users: int = 40) -> None:
         super().__init__()
-        self._server, self._count, self._seconds, self._users = server, count, seconds, users
+        self._server, self._rate, self._count, self._users = server, rate, count, users
+        self._enough = threading.Event()
         self.good: list[tuple[int, int, datetime]] = []
         self.bad: list[str] = []
 
     def run(self) -> None:
         rng = random.Random(5)
         with self._server.client() as client:
-            for number in range(self._count):
+            for number in itertools.count():
+                if number == self._count or self._enough.wait(1 / self._rate):
+                    return
                 if number % 25 == 0:
                     entry, reason = self.BAD[(number // 25) % len(self.BAD)]
                     self.bad.append(reason)
@@ -120,7 +123,11 @@ class Producer(threading.Thread):
                     entry = fields(event(user, number, at))
                     self.good.append((user, number, at))
                 client.xadd(STREAM, entry)
-                time.sleep(self._seconds / self._count)
+
+    def stop(self) -> None:
+        """Add no more."""
+        self._enough.set()
+        self.join()
 
     def newest(self) -> dict[int, int]:
         """Per user the clicks of the event that is newest by its own time."""
@@ -165,15 +172,15 @@ def test_nothing_is_lost_when_the_consumer_is_killed_again_and_again(
 ) -> None:
     seed = int(os.environ.get("BANQUET_TEST_SEED", time.time_ns()))
     rng = random.Random(seed)
-    producer = Producer(server, EVENTS, seconds=KILLS * 0.8)
+    producer = Producer(server, rate=250)
     producer.start()
     for _ in range(KILLS):
         with consuming(repo, **QUICK) as consumer:
-            # However long a consumer takes to start here: it is killed at its work, unless there is none.
-            wait_until(lambda: pending(client) or not producer.is_alive(), "the consumer has read events")
+            # However long a consumer takes to start here: it is killed at its work.
+            wait_until(lambda: pending(client), "the consumer has read events")
             time.sleep(rng.uniform(0.0, 0.3))
             consumer.kill()
-    producer.join()
+    producer.stop()
     with consuming(repo, **QUICK) as consumer:
         wait_settled(client)
         report = consumer.stop()
@@ -187,7 +194,7 @@ def test_nothing_is_lost_when_the_consumer_is_killed_again_and_again(
 def test_two_consumers_share_the_work_and_one_takes_over_from_the_other(
     server: Valkey, client: Any, repo: FeastRepository, source: Path
 ) -> None:
-    producer = Producer(server, 1500, seconds=2.0)
+    producer = Producer(server, rate=750, count=1500)
     # The one that will be killed never gets to append.
     with consuming(repo, consumer="a", append_seconds=60.0) as first, consuming(repo, **QUICK) as second:
         wait_until(lambda: len(client.xinfo_consumers(STREAM, "banquet")) == 2, "both have joined")
@@ -203,8 +210,8 @@ def test_two_consumers_share_the_work_and_one_takes_over_from_the_other(
 def test_a_consumer_goes_on_when_redis_restarts_under_it(
     server: Valkey, client: Any, repo: FeastRepository, source: Path
 ) -> None:
-    producer = Producer(server, 600, seconds=1.0)
-    rest = Producer(server, 300, seconds=0.5, users=10)
+    producer = Producer(server, rate=600, count=600)
+    rest = Producer(server, rate=600, count=300, users=10)
     with consuming(repo, **QUICK) as consumer:
         producer.start()
         producer.join()

@@ -39,7 +39,7 @@ def banquet(repo: Path, settings: Settings | None = None) -> Iterator[httpx.Clie
             _wait(client, "/livez", thread.is_alive)
             yield client
     finally:
-        server.should_exit = True
+        server.handle_exit(signal.SIGTERM, None)
         thread.join(timeout=30)
         assert not thread.is_alive(), "the server did not stop"
 
