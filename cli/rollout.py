@@ -206,6 +206,8 @@ def _judge_text(sight: Sight) -> str:
     if rows is None:
         return f"{sight.said} at {looks}, the last of this step: a person decides, advance or abort"
     waits = [f"{rows:,} rows of the challenger"] if sight.challenger.rows < rows else []
+    if rollout.limits.get("require_labels"):
+        waits.append("labels of both")
     if sight.seconds < step.min_seconds:
         waits.append(f"{step.min_seconds - sight.seconds:.0f} s more")
     waiting = f"waits for {' and '.join(waits)}" if waits else "is about to look"

@@ -121,16 +121,14 @@ def planned_looks(rollout: Rollout) -> int:
     return LOOKS_PER_STEP * len(rollout.steps)
 
 
-def look_due(rollout: Rollout, rows: int, now: datetime) -> int | None:
+def look_due(rollout: Rollout, evidence: int, now: datetime) -> int | None:
     """The number (from 1) of the planned look for which there is enough, None before the step's first.
 
-    ``rows`` are those that the version on trial has predicted in this step.
+    ``evidence`` is how many times there is, in this step, the least that a look needs.
     """
-    step = rollout.step
-    if rows < step.min_rows or (now - rollout.began[-1]).total_seconds() < step.min_seconds:
+    if evidence < 1 or (now - rollout.began[-1]).total_seconds() < rollout.step.min_seconds:
         return None
-    doublings = min((rows // step.min_rows).bit_length(), LOOKS_PER_STEP)
-    return LOOKS_PER_STEP * rollout.position + doublings
+    return LOOKS_PER_STEP * rollout.position + min(evidence.bit_length(), LOOKS_PER_STEP)
 
 
 def next_look_rows(rollout: Rollout, last: int | None) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -111,7 +112,7 @@ def look_at(
     limits = Limits.from_json({"min_rows": rollout.step.min_rows, **rollout.limits})
     if rollout.kind == "shadow":
         limits = limits.leaving_out(*LATENCY_CHECKS)
-    look = rollouts.look_due(rollout, seen[CHALLENGER].rows, now)
+    look = rollouts.look_due(rollout, _evidence(rollout, seen, limits), now)
     if take and look is not None and not take_look(client, trial, look):
         look = None
     looks = rollouts.planned_looks(rollout)
@@ -134,6 +135,18 @@ def look_at(
         last,
         said[last]["decision"] if last is not None else None,
     )
+
+
+def _evidence(rollout: Rollout, seen: Mapping[str, Observed], limits: Limits) -> int:
+    """How many times there is what a look needs: rows, and labels where a promotion needs them.
+
+    Looks that came before their labels would be spent on nothing.
+    """
+    enough = seen[CHALLENGER].rows // rollout.step.min_rows
+    if limits.require_labels:
+        labels = min(variant.labels for variant in seen.values())
+        enough = min(enough, labels // max(1, limits.min_labels))
+    return enough
 
 
 class Conductor:
