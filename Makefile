@@ -52,6 +52,9 @@ bench-historical: $(READY)  ## Measure point-in-time joins beside Feast's offlin
 bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a second
 	$(BIN)/python bench/stream.py $(ARGS)
 
+bench-rollout: $(READY)  ## Measure what a canary and a shadow cost on /predict (needs wrk)
+	$(BIN)/python bench/rollout.py $(ARGS)
+
 bench-soak: $(READY)  ## Measure how workers' memory grows in 30 minutes of predictions and promotions
 	$(BIN)/python bench/soak.py $(ARGS)
 

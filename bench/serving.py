@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,8 +236,9 @@ def measure_load(
     shapes: list[tuple[int, int]],
     seconds: float,
     rounds: int,
+    ratios: Callable[[dict[str, list[dict[str, float]]]], dict[str, float]],
 ) -> list[dict[str, Any]]:
-    """Every target at every shape, ``rounds`` times in turns."""
+    """Every target at every shape, ``rounds`` times in turns; ``ratios`` compares what the turns gave."""
     cells = []
     for entities, connections in shapes:
         turns: dict[str, list[dict[str, float]]] = {target.name: [] for target in targets}
@@ -261,7 +262,7 @@ def measure_load(
                 f"p99 {summary['p99_ms']:.2f} ms   {summary['cpu_us']:.0f} us cpu",
                 file=sys.stderr,
             )
-        cell["ratios"] = _ratios(turns)
+        cell["ratios"] = ratios(turns)
         cells.append(cell)
     return cells
 
@@ -460,7 +461,7 @@ def main() -> None:
                     with running(known["canned"], scene) as up["canned"]:
                         of_this_size = [shape for shape in shapes if shape[0] == entities]
                         record["load"] += measure_load(
-                            up, targets, of_this_size, options.seconds, options.rounds
+                            up, targets, of_this_size, options.seconds, options.rounds, _ratios
                         )
         if "workers" in parts:
             record["workers"] = measure_workers(scene, canned, options.seconds, options.rounds)
