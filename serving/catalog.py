@@ -64,7 +64,8 @@ class Catalog:
         self._known: dict[str, Change] = {}
         self._refused: dict[tuple[str, int], BanquetError] = {}
         self._recorders: dict[str, TrialRecorder] = {}
-        self._failure: BanquetError | None = None
+        self._failures: dict[str, BanquetError] = {}
+        self._failed = 0
         self._task: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
 
@@ -89,9 +90,10 @@ class Catalog:
             ModelNotReady: none could be read yet.
         """
         if self._definitions is None:
+            failure = self._failures.get("definitions")
             raise ModelNotReady(
                 "The feature definitions are not loaded yet.",
-                hint=str(self._failure) if self._failure else "Run `banquet apply`, then try again.",
+                hint=str(failure) if failure else "Run `banquet apply`, then try again.",
             )
         return self._definitions
 
@@ -211,7 +213,7 @@ class Catalog:
     async def _try_definitions(self) -> None:
         try:
             await self._refresh_definitions()
-            self._failure = None
+            self._failures.pop("definitions", None)
         except BanquetError as exc:
             self._note("definitions", exc)
         except Exception as exc:
@@ -222,8 +224,11 @@ class Catalog:
 
     async def _try_models(self) -> None:
         if self._definitions is not None:
+            failed = self._failed
             try:
                 await self._refresh_models()
+                if self._failed == failed:
+                    self._failures.pop("models", None)
             except BanquetError as exc:
                 self._note("models", exc)
             except Exception:
@@ -231,9 +236,10 @@ class Catalog:
                 log.exception("refresh of the models failed")
 
     def _note(self, what: str, error: BanquetError) -> None:
-        if self._failure is None or str(self._failure) != str(error):
+        if str(self._failures.get(what)) != str(error):
             log.warning("refresh of the %s failed, the old state stays: %s", what, error)
-        self._failure = error
+        self._failures[what] = error
+        self._failed += 1
         self._metrics.refresh_failed(what)
 
     async def _refresh_definitions(self) -> None:

@@ -238,5 +238,5 @@ class Conductor:
         return True
 
     def _abort(self, name: str, rollout: Rollout, why: str) -> None:
-        log.error("the rollout of %s version %d is aborted: %s", name, rollout.version, why)
         rollouts.abort(self._registry, name, rollout, why=why, who=JUDGE)
+        log.error("the rollout of %s version %d is aborted: %s", name, rollout.version, why)

@@ -30,6 +30,8 @@ log = logging.getLogger("banquet.serving")
 # A shadow that falls behind loses rows, it does not grow.
 _SHADOW_WAITING_ROWS = 4096
 _SHADOW_BATCH_ROWS = 256
+# It is in no hurry: what comes within this time is predicted in one call, in one visit to the thread.
+_SHADOW_GATHERS_SECONDS = 0.02
 
 
 class Share:
@@ -212,8 +214,11 @@ class Shadow:
             self._task = asyncio.get_running_loop().create_task(self._catch_up())
 
     async def _catch_up(self) -> None:
-        while batch := self._take():
+        while self._waiting:
+            if self._waiting_rows < _SHADOW_BATCH_ROWS:
+                await asyncio.sleep(_SHADOW_GATHERS_SECONDS)
             try:
+                batch = self._take()
                 await self._predict(batch)
             except BanquetError as exc:  # Redis is away, say: the champion's requests tell of it
                 log.debug("the shadow of %s lost a batch: %s", self.champion.name, exc)

@@ -265,13 +265,16 @@ class TrialRecorder:
         challenger_scores: Sequence[float | None] | None,
     ) -> None:
         nothing = [None] * len(champion)
-        firsts, seconds = champion_scores or nothing, challenger_scores or nothing
+        firsts = nothing if champion_scores is None else champion_scores
+        seconds = nothing if challenger_scores is None else challenger_scores
         agreed, distances = 0, []
         for row, (one, two, first, second) in enumerate(
             zip(champion, challenger, firsts, seconds, strict=True)
         ):
-            if first is not None and second is not None and math.isfinite(distance := abs(first - second)):
-                distances.append(distance)
+            if first is not None and second is not None:
+                distance = abs(float(first) - float(second))  # scores may be numpy's
+                if math.isfinite(distance):
+                    distances.append(distance)
             if one == two or (isinstance(one, float) and isinstance(two, float) and math.isclose(one, two)):
                 agreed += 1
                 continue

@@ -185,6 +185,24 @@ def test_a_server_never_goes_back_to_a_state_that_it_has_left(scene: Scene, tmp_
     scene.until(lambda: scene.predict()[:2] == (3, "champion"))
 
 
+def test_a_registry_that_is_away_is_told_of_once_and_everything_serves_on(
+    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(registry_url=scene.registry.url, state_dir=tmp_path, registry_refresh_s=0.05)
+    with banquet(scene.repo.path, settings) as client:
+        for _ in range(2):
+            caplog.clear()
+            (tmp_path / "models").rename(tmp_path / "away")
+            time.sleep(0.5)
+            assert client.post("/predict", json={"entities": [{"user_id": 5}]}).json()["model_version"] == 1
+            told = [record.message for record in caplog.records if "refresh of the models" in record.message]
+            # The fixture's server has a log of its own to fill.
+            assert 1 <= len(told) <= 2, told
+            (tmp_path / "away").rename(tmp_path / "models")
+            scene.until(lambda: scene.client.get("/readyz").status_code == 200)
+            time.sleep(0.3)
+
+
 def test_the_admin_api_promotes_and_rolls_back_at_once(scene: Scene) -> None:
     def post(path: str, body: Any = None) -> httpx.Response:
         return scene.client.post(f"/admin/models/{MODEL}/{path}", json=body or {}, headers=ADMIN)

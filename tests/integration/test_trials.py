@@ -310,7 +310,7 @@ def test_shadow_predictions_are_compared_and_disagreements_listed(
     notes: TrialRecorder, valkey: Valkey, trial: str
 ) -> None:
     notes.compare(
-        "r1", {"user_id": [1, 2, 3]}, [1, 0, 1], [1, 1, None], [0.75, 0.25, 0.5], [0.5, 0.625, None]
+        "r1", {"user_id": [1, 2, 3]}, [1, 0, 1], [1, 1, None], np.array([0.75, 0.25, 0.5]), [0.5, 0.625, None]
     )
     notes.compare("r2", {"user_id": [4]}, [0.1], [0.1 + 1e-12])
     notes.flush()
