@@ -45,7 +45,7 @@ def test_the_runbook_does_what_it_says_and_no_request_fails(valkey: Valkey, tmp_
 async def _follow(
     folder: Folder, page: Sequence[tuple[Block, str]], servers: list[subprocess.Popen[bytes]]
 ) -> Clients:
-    async with Clients([int(folder.ports["8000"])], connections=6, pause_seconds=0.002) as clients:
+    async with Clients([int(folder.ports["8000"])], connections=4, pause_seconds=0.005) as clients:
         for block, expected in page:
             if block.kind == "bash server":
                 servers.append(await asyncio.to_thread(folder.serve, block.body))
