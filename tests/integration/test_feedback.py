@@ -53,7 +53,7 @@ def test_labels_abort_a_challenger_that_only_they_tell_from_the_champion(scene: 
     assert port is not None
 
     async def predict_and_tell() -> None:
-        async with Clients([port], connections=4) as clients:
+        async with Clients([port], connections=4, pause_seconds=0.01) as clients:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             told = 0
             while registry.latest(MODEL).rollout is not None:  # type: ignore[union-attr]
