@@ -101,7 +101,7 @@ def test_a_store_that_is_away_is_unavailable_and_comes_back(
 
 # Tries to create each of some objects; prints the numbers of those that it did.
 _CREATE = """
-import random, sys, time
+import sys, time
 from core.object_store import ObjectStore
 
 store, own = ObjectStore(sys.argv[1]), []
@@ -109,8 +109,9 @@ store.children()
 print("ready", flush=True)
 began = float(sys.stdin.readline())
 for number in range(int(sys.argv[2])):
-    # Both at once, each sometimes ahead.
-    time.sleep(max(0.0, began + 0.04 * number + random.uniform(0.0, 0.01) - time.time()))
+    # Of three objects one is created by both at once, and one by each of them ahead of the other.
+    behind = 0.05 * (number % 3 == (1 if sys.argv[3] == "one" else 2))
+    time.sleep(max(0.0, began + 0.1 * number + behind - time.time()))
     try:
         store.create(sys.argv[3].encode(), "race", str(number))
     except FileExistsError:
