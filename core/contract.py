@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from core.types import FeatureStatus
 
 PRESENT = FeatureStatus.PRESENT
@@ -33,9 +36,18 @@ def value_status(row: FeatureStatus, value: object) -> FeatureStatus:
     return NULL_VALUE if row is PRESENT and value is None else row
 
 
-def row_statuses(events_ns: list[int | None], now_ns: int, ttl_ns: int) -> list[FeatureStatus] | None:
-    """``row_status`` of every row; None when all are PRESENT, which is the case worth being fast in."""
-    if None not in events_ns:
+def row_statuses(
+    events_ns: list[int | None] | NDArray[np.int64], now_ns: int, ttl_ns: int
+) -> list[FeatureStatus] | None:
+    """``row_status`` of every row; None when all are PRESENT, which is the case worth being fast in.
+
+    An array has a timestamp for every row.
+    """
+    if isinstance(events_ns, np.ndarray):
+        if not ttl_ns or events_ns.min() >= now_ns - ttl_ns:
+            return None
+        events_ns = events_ns.tolist()
+    elif None not in events_ns:
         found = cast(list[int], events_ns)
         if not ttl_ns or not found or min(found) >= now_ns - ttl_ns:
             return None

@@ -72,7 +72,11 @@ class EntitySchema:
             columns = {name: [row[name] for row in entities] for name in self._required}
             for name in self._optional:
                 columns[name] = [row.get(name, now) for row in entities]
-            if any(len(row) != given + sum(name in row for name in self._optional) for row in entities):
+            if self._optional:
+                odd = any(len(row) != given + sum(name in row for name in self._optional) for row in entities)
+            else:
+                odd = set(map(len, entities)) != {given}
+            if odd:
                 raise self._row_complaint(entities)
         except (KeyError, TypeError, IndexError, AttributeError):
             raise self._row_complaint(entities) from None

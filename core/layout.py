@@ -40,6 +40,7 @@ from core.layout_cells import (
     json_column,
     json_text,
     json_value,
+    timestamp_array,
 )
 from core.types import Dtype, Field
 
@@ -67,6 +68,7 @@ __all__ = [
     "json_value",
     "require_key_version",
     "stored_key",
+    "timestamp_array",
     "timestamp_field",
 ]
 

@@ -150,7 +150,16 @@ def decode_timestamps(cells: Sequence[Cell]) -> list[int | None]:
     Raises:
         CorruptCell: a cell is no Timestamp.
     """
-    return _EVENTS.column(cells, _usual_timestamps)
+    return _EVENTS.column(cells, _timestamps)
+
+
+def timestamp_array(cells: Sequence[Cell]) -> NDArray[np.int64] | None:
+    """``decode_timestamps`` as an array; None if a cell is absent or not as in the years 1978 to 3058."""
+    try:
+        joined = b"".join([cell.ljust(12, b"\0") for cell in cells])  # type: ignore[union-attr]
+    except AttributeError:  # an absent cell
+        return None
+    return _usual_timestamps(joined, len(cells))
 
 
 def decode_value(cell: Cell, dtype: Dtype) -> Any:
@@ -186,10 +195,10 @@ def decode_floats(columns: Sequence[Sequence[Cell]], dtype: Dtype) -> list[list[
     None where that is not to be had at once: a cell is missing or of another type, or a number is not finite.
     """
     found = _FLOATS[dtype].block(columns)
-    if found is None:
+    if found is None or not np.isfinite(found).all():
         return None
     values: list[list[float]] = found.reshape(len(columns), -1).tolist()
-    return values if math.isfinite(sum(map(sum, values))) else None
+    return values
 
 
 def floats_json(
@@ -367,15 +376,14 @@ class _Floats:
             for column in columns:
                 for row in hidden:
                     column[row] = self._nan  # type: ignore[index]
-        count, rows = len(columns), len(columns[0])
         numbers = self.block(columns)
         if numbers is None:
             return None
-        block = numbers.reshape(count, rows).astype(np.float64)
-        text = orjson.dumps(block, option=orjson.OPT_SERIALIZE_NUMPY)
-        if text.count(b"null") != count * len(hidden):
+        block = numbers.reshape(len(columns), -1).astype(np.float64)
+        texts = [orjson.dumps(column, option=orjson.OPT_SERIALIZE_NUMPY) for column in block]
+        if not np.isfinite(block).all() and any(text.count(b"null") != len(hidden) for text in texts):
             return None
-        return [b"[%b]" % numbers for numbers in text[2:-2].split(b"],[")]
+        return texts
 
     def texts(self, cells: Sequence[Cell]) -> list[bytes] | None:
         """See ``float_texts``."""
@@ -472,32 +480,43 @@ def _integers(cells: Sequence[Cell], tag: int) -> list[Any] | None:
 
 
 # The seconds of the years 1978 to 3058 take five bytes; a fraction follows under the tag 0x10.
-_TIMESTAMP_MASK = np.array([0xFF, 0x80, 0x80, 0x80, 0x80, 0x80, 0xEF], np.uint8)
-_TIMESTAMP_FORM = np.array([0x08, 0x80, 0x80, 0x80, 0x80, 0x00, 0x00], np.uint8)
-_TIMESTAMP_MORE = np.array([0x10, 0x80, 0x80, 0x80, 0x80], np.uint8)
+_SECONDS_MASK = np.uint64(0xEF8080808080FF)
+_SECONDS_FORM = np.uint64(0x8080808008)
+_LOW_BITS, _HIGH_BITS = np.uint64(0x7F7F7F7F7F7F00), np.uint64(0x80808080808000)
 _TIMESTAMP_WEIGHTS = _varint_weights(12, range(1, 6), range(7, 12))
 _TIMESTAMP_FILLER = b"\x08\x80\x80\x80\x80\x01"
+_FIRST_USUAL_NS = (1 << 28) * 1_000_000_000
 
 
-def _usual_timestamps(cells: Sequence[Cell]) -> list[int | None] | None:
-    """Timestamps whose seconds take five bytes; None where some are others."""
+def _timestamps(cells: Sequence[Cell]) -> list[int | None] | None:
+    """Timestamps and absent cells; None where some are not usual."""
     gaps = _gaps(cells) if None in cells else []
-    filled: Sequence[Any] = [cell or _TIMESTAMP_FILLER for cell in cells] if gaps else cells
-    joined = b"".join([cell.ljust(12, b"\0") for cell in filled])
-    if len(joined) != 12 * len(cells) or (gaps and b"" in cells):
+    found = timestamp_array([cell or _TIMESTAMP_FILLER for cell in cells] if gaps else cells)
+    if found is None or (gaps and b"" in cells):
         return None
-    raw = np.frombuffer(joined, np.uint8).reshape(-1, 12)
-    if (raw[:, :7] & _TIMESTAMP_MASK != _TIMESTAMP_FORM).any():
-        return None
-    if not raw[:, 5].all() or (raw[:, 11] >= 0x80).any():
-        return None
-    if ((raw[:, 6:11] >= _TIMESTAMP_MORE) != (raw[:, 7:] > 0)).any():
-        return None
-    seconds, rest = ((raw & 0x7F) @ _TIMESTAMP_WEIGHTS).astype(np.int64).T
-    events: list[int | None] = (seconds * 1_000_000_000 + rest).tolist()
+    events: list[int | None] = found.tolist()
     for position in gaps:
         events[position] = None
     return events
+
+
+def _usual_timestamps(joined: bytes, count: int) -> NDArray[np.int64] | None:
+    """Timestamps whose seconds take five bytes, each padded to twelve; None where some are others."""
+    if len(joined) != 12 * count or not count:
+        return None
+    # Eight bytes of each at a time: 08 s s s s s 10 n, and, from the 10 on, 10 n n n n n 0 0.
+    head: NDArray[np.uint64] = np.ndarray(count, "<u8", joined, 0, (12,))
+    if (head & _SECONDS_MASK != _SECONDS_FORM).any():
+        return None
+    rest = np.ndarray(count, "<u8", joined, 4, (12,)) >> 16
+    not_zero = ((rest & _LOW_BITS) + _LOW_BITS | rest) & _HIGH_BITS
+    # The tag stands for a high bit of its own: what follows it is not zero either.
+    if ((rest | (rest & 0x10) << 3) << 8 & _HIGH_BITS != not_zero).any():
+        return None
+    raw = np.frombuffer(joined, np.uint8).reshape(-1, 12)
+    seconds, nanoseconds = ((raw & 0x7F) @ _TIMESTAMP_WEIGHTS).astype(np.int64).T
+    events: NDArray[np.int64] = seconds * 1_000_000_000 + nanoseconds
+    return events if events.min() >= _FIRST_USUAL_NS else None
 
 
 def _finite(values: list[Any]) -> list[Any]:

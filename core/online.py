@@ -342,8 +342,10 @@ class OnlineReader:
 
 def _decode(group: _KeyGroup, hashes: Hashes, now_ns: int, decode: Decoder, into: FeatureVectors) -> None:
     by_field: list[Cells] = list(zip(*hashes, strict=True))
-    for slot in group.slots:
-        events = layout.decode_timestamps(by_field[slot.timestamp])
+    count = into.rows
+    of_all = layout.decode_timestamps(list(chain(*[by_field[slot.timestamp] for slot in group.slots])))
+    for position, slot in enumerate(group.slots):
+        events = of_all[position * count : (position + 1) * count]
         rows = contract.row_statuses(events, now_ns, slot.ttl_ns)
         into.event_ns[slot.name] = events
         for run in slot.runs:

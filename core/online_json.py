@@ -14,6 +14,7 @@ from itertools import chain
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from core import contract, layout
 from core.layout import Cell
@@ -79,7 +80,9 @@ def entities(slots: Sequence[ViewSlot], by_field: Sequence[Sequence[Cell]], now_
         CorruptCell: a cell is no Feast value or no Timestamp.
     """
     rows = len(by_field[0])
-    events = layout.decode_timestamps(list(chain.from_iterable([by_field[slot.timestamp] for slot in slots])))
+    moments = list(chain.from_iterable([by_field[slot.timestamp] for slot in slots]))
+    usual = layout.timestamp_array(moments) if len(moments) >= _MANY_TIMESTAMPS else None
+    events = layout.decode_timestamps(moments) if usual is None else usual
     timestamps = event_timestamps(events, rows)
     columns: list[JsonColumn] = []
     for position, slot in enumerate(slots):
@@ -126,20 +129,20 @@ def repeated(text: str, rows: int) -> bytes:
     return orjson.dumps([text] * rows)
 
 
-def event_timestamps(event_ns: Sequence[int | None], rows: int) -> list[bytes]:
+def event_timestamps(event_ns: Sequence[int | None] | NDArray[np.int64], rows: int) -> list[bytes]:
     """Event timestamps as JSON arrays of ``rows`` each, as ``timestamp`` has them; None is the epoch."""
     if len(event_ns) >= _MANY_TIMESTAMPS:
         try:
-            nanoseconds = np.array(event_ns, np.int64)
+            nanoseconds = np.asarray(event_ns, np.int64)
         except TypeError:
             nanoseconds = np.array([ns or 0 for ns in event_ns])
         microseconds = (nanoseconds + 500) // 1000
-        milliseconds = microseconds // 1000
         # orjson writes a fraction with six digits, protobuf whole milliseconds with three.
-        if not ((milliseconds * 1000 == microseconds) & (milliseconds % 1000 != 0)).any():
+        whole = microseconds % 1000 == 0
+        if not whole.any() or not (microseconds[whole] % 1_000_000).any():
             block = microseconds.view("datetime64[us]").reshape(-1, rows)
-            return [b"[%b]" % text for text in orjson.dumps(block, option=_NUMPY_UTC)[2:-2].split(b"],[")]
-    texts = [timestamp(ns or 0) for ns in event_ns]
+            return [orjson.dumps(column, option=_NUMPY_UTC) for column in block]
+    texts = [timestamp(int(ns or 0)) for ns in event_ns]
     return [orjson.dumps(texts[start : start + rows]) for start in range(0, len(texts), rows)]
 
 

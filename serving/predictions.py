@@ -114,11 +114,22 @@ def _rows(
     served: ServedModel, answer: Answer, columns: dict[str, list[Any]], *, explain: bool
 ) -> list[dict[str, Any]]:
     keys = [key.name for key in served.plan.join_keys]
+    if len(keys) == 1:
+        entities = [{keys[0]: value} for value in columns[keys[0]]]
+    else:
+        entities = [{key: columns[key][i] for key in keys} for i in range(answer.vectors.rows)]
     missing = answer.missing()
+    if not missing and not answer.errors and not explain:
+        return [
+            {"entity": entity, "prediction": prediction, "confidence": confidence, "missing": {}}
+            for entity, prediction, confidence in zip(
+                entities, answer.predictions, answer.confidences, strict=True
+            )
+        ]
     present = FeatureStatus.PRESENT
     rows = []
-    for i in range(answer.vectors.rows):
-        row: dict[str, Any] = {"entity": {key: columns[key][i] for key in keys}}
+    for i, entity in enumerate(entities):
+        row: dict[str, Any] = {"entity": entity}
         error = answer.errors.get(i)
         if error is None:
             row["prediction"] = answer.predictions[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from core.contract import apply_status, row_status, row_statuses, value_status
@@ -46,6 +47,8 @@ def test_columns_agree_with_single_rows(events: list[int | None], ttl: int) -> N
     found = row_statuses(events, NOW, ttl)
     assert (found or [S.PRESENT] * len(events)) == expected
     assert (found is None) == all(status is S.PRESENT for status in expected)
+    if events and None not in events:
+        assert row_statuses(np.array(events), NOW, ttl) == found
 
 
 def test_values_of_missing_and_expired_rows_are_hidden() -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core import layout, layout_cells
 from core.errors import CorruptCell, InvalidEntity, InvalidFeatureValue, UnsupportedKeyVersion
 from core.types import Dtype, Field
 
 USER = Field("user_id", Dtype.INT64)
+BROKEN_LAST = b"\x08\x80\x80\x80\x80\x01\x10\x80\x80\x80\x80\x80"
 
 
 def test_an_integer_key_has_the_documented_bytes() -> None:
@@ -362,14 +365,35 @@ def test_a_long_column_of_different_event_timestamps_decodes_as_its_cells_do_one
     assert layout.decode_timestamps(cells) == moments
     expected = layout.decode_timestamps([other])
     assert layout.decode_timestamps([*cells, other]) == moments + expected
+    together = layout.timestamp_array(cells)
+    assert together is not None
+    assert together.tolist() == moments
+    assert layout.timestamp_array([*cells, other]) is None
 
 
-@pytest.mark.parametrize("broken", [b"\x08", b"\x08\x80\x80\x80\x80", b"\x08\x80\x80\x80\x80\x01\x10\x80"])
+@pytest.mark.parametrize(
+    "broken", [b"\x08", b"\x08\x80\x80\x80\x80", b"\x08\x80\x80\x80\x80\x01\x10\x80", BROKEN_LAST]
+)
 @pytest.mark.parametrize("company", [0, 500])
 def test_a_broken_event_timestamp_is_an_error(broken: bytes, company: int) -> None:
     cells = [layout.encode_timestamp(10**18 + number) for number in range(company)]
     with pytest.raises(CorruptCell):
         layout.decode_timestamps([*cells, broken])
+    assert layout.timestamp_array([*cells, broken]) is None
+
+
+@given(
+    st.integers(0, 2**36).map(lambda seconds: layout.encode_timestamp(seconds * 10**9)),
+    st.binary(max_size=7).map(lambda rest: b"\x10" + rest),
+    st.booleans(),
+)
+def test_an_array_of_event_timestamps_has_nothing_that_its_cells_do_not_say(
+    seconds: bytes, rest: bytes, whole: bool
+) -> None:
+    cell = seconds if whole else seconds + rest
+    found = layout.timestamp_array([cell, cell])
+    if found is not None:
+        assert found.tolist() == [layout.decode_timestamp(cell)] * 2
 
 
 def test_a_stored_timestamp_at_the_epoch_is_empty_and_not_absent() -> None:
