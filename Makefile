@@ -55,6 +55,9 @@ bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a secon
 bench-rollout: $(READY)  ## Measure what a canary and a shadow cost on /predict (needs wrk)
 	$(BIN)/python bench/rollout.py $(ARGS)
 
+bench-on-demand: $(READY)  ## Measure on-demand views at request time beside stock Feast in process
+	$(BIN)/python bench/on_demand.py $(ARGS)
+
 bench-soak: $(READY)  ## Measure how workers' memory grows in 30 minutes of predictions and promotions
 	$(BIN)/python bench/soak.py $(ARGS)
 
@@ -66,4 +69,4 @@ lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
 .PHONY: help install demo test unit lint check format bench-historical bench-materialize bench-serving \
-  bench-stream bench-soak bench-judge lock
+  bench-stream bench-on-demand bench-soak bench-judge lock

@@ -1,10 +1,12 @@
 """The scene of the serving bench: a Feast repository of 100,000 users, its Redis, its registered model.
 
-Everything lies in a scratch folder and is kept there for a day, so that a second run starts at once.
+Everything lies in a scratch folder and is kept there for a day, so that a second run starts at once; it is
+made anew where its definitions have changed or where the code no longer reads its registry.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -22,6 +24,8 @@ import pandas as pd
 import redis
 
 from core.embedded import server_binary
+from core.errors import BanquetError
+from core.registry import ModelRegistry
 
 HERE = Path(__file__).parent
 USERS = 100_000
@@ -77,7 +81,7 @@ def userbase(folder: Path) -> Iterator[Userbase]:
     folder.mkdir(parents=True, exist_ok=True)
     found = Userbase(folder, free_port())
     ready = folder / "ready"
-    if not ready.exists() or time.time() - ready.stat().st_mtime > _KEEP_SECONDS:
+    if not _usable(found, ready):
         for old in (found.repo, folder / "models", folder / "state"):
             shutil.rmtree(old, ignore_errors=True)
         for old in (ready, folder / "users.rdb"):
@@ -86,8 +90,24 @@ def userbase(folder: Path) -> Iterator[Userbase]:
         if not ready.exists():
             _make(found)
             server.save()
-            ready.touch()
+            ready.write_text(_fingerprint())
         yield found
+
+
+def _usable(scene: Userbase, ready: Path) -> bool:
+    if not ready.exists() or time.time() - ready.stat().st_mtime > _KEEP_SECONDS:
+        return False
+    try:
+        ModelRegistry(str(scene.folder / "models")).verify(scene.model.parent.name, 1)
+    except BanquetError:
+        return False
+    return ready.read_text() == _fingerprint()
+
+
+def _fingerprint() -> str:
+    """Of all that the scene is made from, save the code itself."""
+    files = [Path(__file__), HERE / "users_model.py", *sorted((HERE / "users").glob("*.*"))]
+    return hashlib.sha256(b"".join([file.read_bytes() for file in files])).hexdigest()
 
 
 def _make(scene: Userbase) -> None:
