@@ -1,13 +1,20 @@
 """Historical retrieval: Banquet's offline store against Feast's two, raw DuckDB and polars.
 
-    python bench/historical.py [--shapes 1Mx1M,dense-30k] [--rounds 3] [--parts compare,growth] [--dry]
+    python bench/historical.py [--shapes 1Mx1M,dense-30k] [--rounds 2] [--parts compare,memory,growth] [--dry]
 
-Every contender runs in a process of its own, in turns, on the same Parquet files. The clock covers the first
-retrieval of the process, as a training job has it, from the call to the Arrow table; what is imported before
-the call is left out, what a store imports in it counts. Every result is compared with Banquet's, row by row
-and value by value; what differs is counted. A ratio is the median of the ratios within each round: on a busy
-machine only they count, and CPU seconds more than seconds. A process may use ``--memory-gb`` and
-``--timeout``; one that needs more, or takes longer than ``--once-over``, runs once.
+Every contender runs in processes of its own, in turns, on the same Parquet files, and answers the same
+question several times in each. ``first`` is the first retrieval of a process, as a training job has it: what
+a store imports or prepares in its call counts, what is imported before it does not. ``warm`` is the median
+of the calls after it in the same process, as a notebook or a service has them: at most ``--warm``, and none
+once a process has spent ``--warm-seconds`` in calls. The clock runs from the call to the Arrow table.
+
+Every result is compared with Banquet's, row by row and value by value; what differs is counted. A ratio is
+the median of the ratios within each round: on a busy machine only they count, and CPU seconds more than
+seconds. A process may use ``--memory-gb`` and ``--timeout``; a contender that needs more, or takes longer
+than ``--once-over``, runs once, and one that fails on a dense shape is not tried on a larger one.
+
+``memory`` joins 5 million events of each of three views, on dense keys, with DuckDB's default memory and with
+256 MB, and tells the peak of the process and what of it was there before the call.
 
 ``growth`` runs Banquet alone on dense keys while entity rows and then events double, and fits its CPU seconds
 to a + b * rows + c * events.
@@ -31,8 +38,9 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +49,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import report  # noqa: E402 — the folder is no package: its files are scripts
 
+KINDS = ("first", "warm")
 DIFFERENCES = ("rows_lost", "rows_different", "rows_out_of_place")
-CONTENDERS = ("banquet", "banquet-256mb", "duckdb", "polars", "feast-duckdb", "feast-dask")
+CONTENDERS = ("banquet", "duckdb", "polars", "feast-duckdb", "feast-dask")
 NEEDS_EXTRA = {"polars", "feast-duckdb"}
-DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-3k,dense-10k,dense-30k,dense-300k"
+DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-10k,dense-30k,dense-300k"
+MEMORY_SHAPE = "dense-30kx5M"
 # Dense keys: entity rows double, then events.
 GROWTH = [(30_000 << n, 340_000) for n in range(4)] + [(30_000, 340_000 << n) for n in range(1, 4)]
 
@@ -211,7 +221,7 @@ def duckdb(case: Shape, folder: Path) -> Callable[[], Any]:
     con.execute("SET timezone = 'UTC'")
 
     def run() -> Any:
-        con.execute(f"CREATE TEMP TABLE e AS FROM '{folder / f'entities-{case.name}.parquet'}'")
+        con.execute(f"CREATE OR REPLACE TEMP TABLE e AS FROM '{folder / f'entities-{case.name}.parquet'}'")
         last = con.execute("SELECT max(event_timestamp)::VARCHAR FROM e").fetchall()[0][0]
         selected, joined = ["e.*"], "e"
         for view in case.views:
@@ -248,17 +258,32 @@ def polars(case: Shape, folder: Path) -> Callable[[], Any]:
     return run
 
 
-def run_one(name: str, case: Shape, folder: Path, output: Path) -> None:
-    """The child process: run one contender once and leave its result in ``output``."""
+def run_one(name: str, case: Shape, folder: Path, output: Path, warm: int, warm_seconds: float) -> None:
+    """The child process: run one contender, first and warm, and leave its first result in ``output``."""
     import pyarrow.parquet as pq
 
+    def timed() -> tuple[Any, dict[str, float]]:
+        start, cpu = time.perf_counter(), time.process_time()
+        table = run()
+        return table, {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+
     run = globals()[name.replace("-", "_")](case, folder)
-    start, cpu = time.perf_counter(), time.process_time()
-    table = run()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before_mb = _peak_mb()
+    table, first = timed()
+    found: dict[str, Any] = {"rows": table.num_rows, "before_mb": before_mb, "peak_mb": _peak_mb()}
     pq.write_table(table.select([c for c in table.column_names if c != "created"]), output)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak, "rows": table.num_rows}))
+    del table
+    calls: list[dict[str, float]] = []
+    while len(calls) < warm and sum(call["seconds"] for call in (first, *calls)) < warm_seconds:
+        calls.append(timed()[1])
+    found["first"] = first
+    if calls:
+        found["warm"] = {key: statistics.median(call[key] for call in calls) for key in first}
+    print(json.dumps(found))
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def differences(case: Shape, ours: Path, theirs: Path) -> dict[str, int]:
@@ -303,12 +328,15 @@ class Bench:
     scratch: Path
     timeout: int
     memory_gb: float
+    warm: int
+    warm_seconds: float
 
     def run(self, python: Path, name: str, case: Shape) -> dict[str, Any]:
         """One contender once; ``failed`` says why there is no result."""
         self.result(name).unlink(missing_ok=True)
         command = [str(python), __file__, "--child", name, "--shapes", case.name]
         command += ["--scratch", str(self.scratch), "--result", str(self.result(name))]
+        command += ["--warm", str(self.warm), "--warm-seconds", str(self.warm_seconds)]
 
         def bounded() -> None:
             # Data, not address space: DuckDB and Arrow reserve far more than they use.
@@ -343,33 +371,44 @@ class Bench:
 
 
 def measure(
-    bench: Bench, case: Shape, names: list[str], rounds: int, once_over: float
+    bench: Bench, case: Shape, names: list[str], rounds: int, once_over: float, beyond: set[str]
 ) -> list[dict[str, Any]]:
-    """Every contender ``rounds`` times, in turns."""
+    """Every contender ``rounds`` times, in turns; what fails on dense keys joins ``beyond``."""
     generate(case, bench.scratch)
     extra = extra_python(bench.scratch) if NEEDS_EXTRA & set(names) else None
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    failed: dict[str, str] = {}
+    dense = case.name.startswith("dense-")
+    failed = dict.fromkeys(beyond, "not tried: failed on a smaller one") if dense else {}
     counted: dict[str, dict[str, int]] = {}
     for _ in range(rounds):
         for name in names:
             python = extra if name in NEEDS_EXTRA else Path(sys.executable)
             if python is None:
                 failed[name] = "not installed"
-            if name in failed or any(run["seconds"] > once_over for run in runs[name]):
+            if name in failed or any(run["first"]["seconds"] > once_over for run in runs[name]):
                 continue
             found = bench.run(python, name, case)
-            print(f"  {case.name} {name}: {found.get('failed') or found['seconds']}", file=sys.stderr)
+            print(f"  {case.name} {name}: {found.get('failed') or _told(found)}", file=sys.stderr)
             if "failed" in found:
                 failed[name] = found["failed"]
                 continue
             runs[name].append(found)
             if name != "banquet" and name not in counted and runs.get("banquet"):
                 counted[name] = differences(case, bench.result("banquet"), bench.result(name))
+    if dense:
+        beyond |= failed.keys()
     return [
         _summary(case, name, runs[name], runs.get("banquet", []), failed.get(name)) | counted.get(name, {})
         for name in names
     ]
+
+
+def _told(run: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{kind} {run[kind]['seconds']:.2f} s, {run[kind]['cpu_seconds']:.2f} CPU"
+        for kind in KINDS
+        if kind in run
+    )
 
 
 def _summary(
@@ -378,29 +417,72 @@ def _summary(
     row: dict[str, Any] = {"shape": case.name, "contender": name}
     if not runs:
         return row | {"failed": failed}
-    for key in ("seconds", "cpu_seconds"):
-        row[key] = statistics.median(run[key] for run in runs)
-        row[f"all_{key}"] = [round(run[key], 3) for run in runs]
-        if ours:
-            # A contender that ran once ran in the first round.
-            row[f"{key}_to_banquet"] = statistics.median(
-                run[key] / our[key] for run, our in zip(runs, ours, strict=False)
-            )
+    for kind in KINDS:
+        # A contender that ran once ran in the first round.
+        turns = [
+            (run[kind], our.get(kind))
+            for run, our in zip_longest(runs, ours[: len(runs)], fillvalue={})
+            if kind in run
+        ]
+        if not turns:
+            continue
+        row[kind] = {"processes": len(turns)}
+        for key in ("seconds", "cpu_seconds"):
+            row[kind][key] = statistics.median(run[key] for run, _ in turns)
+            row[kind][f"all_{key}"] = [round(run[key], 3) for run, _ in turns]
+            ratios = [run[key] / our[key] for run, our in turns if our]
+            if ratios:
+                row[kind][f"{key}_to_banquet"] = statistics.median(ratios)
     return row | {"peak_mb": round(max(run["peak_mb"] for run in runs))}
+
+
+def memory(bench: Bench) -> list[dict[str, Any]]:
+    """The peak of one process with DuckDB's default memory and with 256 MB."""
+    case = shape(MEMORY_SHAPE)
+    generate(case, bench.scratch)
+    rows = []
+    for name in ("banquet", "banquet-256mb"):
+        found = bench.run(Path(sys.executable), name, case)
+        if "failed" in found:
+            rows.append({"contender": name, "failed": found["failed"]})
+            continue
+        print(f"  {case.name} {name}: peak {found['peak_mb']:.0f} MB, {_told(found)}", file=sys.stderr)
+        rows.append({"contender": name, **{key: found[key] for key in ("before_mb", "peak_mb", "first")}})
+    if all("failed" not in row for row in rows):
+        rows[1] |= differences(case, bench.result("banquet"), bench.result("banquet-256mb"))
+    return rows
+
+
+def memory_text(rows: list[dict[str, Any]]) -> str:
+    """The peaks as Markdown."""
+    lines = [
+        [row["contender"], row["failed"], "", "", ""]
+        if "failed" in row
+        else [
+            row["contender"],
+            f"{row['before_mb']:,.0f}",
+            f"{row['peak_mb']:,.0f}",
+            f"{row['first']['seconds']:.2f}",
+            f"{row['first']['cpu_seconds']:.2f}",
+        ]
+        for row in rows
+    ]
+    return report.table([MEMORY_SHAPE, "MB before the call", "peak MB", "seconds", "CPU seconds"], lines)
 
 
 def growth(bench: Bench, rounds: int) -> dict[str, Any]:
     """CPU seconds of Banquet while rows and events double, and the plane through them."""
     import numpy as np
 
+    bench = replace(bench, warm=0)
     taken: dict[tuple[int, int], list[float]] = {size: [] for size in GROWTH}
     for _ in range(rounds):
         for rows, events in GROWTH:
             case = shape(f"dense-{rows}x{events}")
             generate(case, bench.scratch)
             found = bench.run(Path(sys.executable), "banquet", case)
-            taken[rows, events].append(found["cpu_seconds"])
-            print(f"  {rows:,} rows x {events:,} events: {found['cpu_seconds']:.2f} s CPU", file=sys.stderr)
+            taken[rows, events].append(found["first"]["cpu_seconds"])
+            print(f"  {rows:,} rows x {events:,} events: {_told(found)}", file=sys.stderr)
     seconds = {size: statistics.median(times) for size, times in taken.items()}
     sizes = np.array([[1, rows, 3 * events] for rows, events in seconds])
     measured = np.array(list(seconds.values()))
@@ -436,25 +518,25 @@ def growth_text(found: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown, one line per shape and contender."""
+    """The results as Markdown, one line per shape and contender; in brackets the ratio to Banquet."""
     rows = []
     for row in results:
         if "failed" in row:
             rows.append([row["shape"], row["contender"], row["failed"], *[""] * 7])
             continue
-        once = "" if len(row["all_seconds"]) > 1 else " (once)"
-        ratios = [_times(row.get(f"{key}_to_banquet")) for key in ("seconds", "cpu_seconds")]
+        measured = [_cell(row.get(kind), key) for kind in KINDS for key in ("seconds", "cpu_seconds")]
         counted = [f"{row[name]:,}" if name in row else "" for name in DIFFERENCES]
-        measured = [f"{row['seconds']:.2f}{once}", ratios[0], f"{row['cpu_seconds']:.2f}", ratios[1]]
         rows.append([row["shape"], row["contender"], *measured, f"{row['peak_mb']:,}", *counted])
-    header = ["rows x events", "", "seconds", "to Banquet", "CPU seconds", "to Banquet", "peak MB"]
+    header = ["rows x events", "", "first call, s", "CPU s", "warm call, s", "CPU s", "peak MB"]
     return report.table([*header, "rows lost", "values different", "out of place"], rows)
 
 
-def _times(ratio: float | None) -> str:
-    if ratio is None:
+def _cell(taken: dict[str, Any] | None, key: str) -> str:
+    if taken is None:
         return ""
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+    ratio = taken.get(f"{key}_to_banquet")
+    times = "" if ratio is None else f" ({ratio:.0f}x)" if ratio >= 10 else f" ({ratio:.2f}x)"
+    return f"{taken[key]:.2f}{times}"
 
 
 def main() -> None:
@@ -462,11 +544,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--parts", default="compare,growth")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=int, default=300, help="CPU seconds of one process")
+    parser.add_argument("--parts", default="compare,memory,growth")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--warm", type=int, default=3, help="calls of a process after its first")
+    parser.add_argument("--warm-seconds", type=float, default=6.0, help="of calls, after which none follows")
+    parser.add_argument("--timeout", type=int, default=120, help="CPU seconds of one process")
     parser.add_argument("--memory-gb", type=float, default=12.0, help="of one process")
-    parser.add_argument("--once-over", type=float, default=15.0, help="seconds after which one run is enough")
+    parser.add_argument("--once-over", type=float, default=8.0, help="seconds after which one run is enough")
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "banquet-bench-historical"
     )
@@ -476,10 +560,11 @@ def main() -> None:
     options = parser.parse_args()
     shapes = [shape(name) for name in options.shapes.split(",")]
     if options.child:
-        run_one(options.child, shapes[0], options.scratch, options.result)
+        warm = options.warm, options.warm_seconds
+        run_one(options.child, shapes[0], options.scratch, options.result, *warm)
         return
     options.scratch.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.scratch, options.timeout, options.memory_gb)
+    bench = Bench(options.scratch, options.timeout, options.memory_gb, options.warm, options.warm_seconds)
     record: dict[str, Any] = {
         "machine": report.machine(),
         "rounds": options.rounds,
@@ -490,10 +575,16 @@ def main() -> None:
     parts, texts = options.parts.split(","), []
     if "compare" in parts:
         names = options.contenders.split(",")
+        beyond: set[str] = set()
         record["results"] = [
-            row for case in shapes for row in measure(bench, case, names, options.rounds, options.once_over)
+            row
+            for case in shapes
+            for row in measure(bench, case, names, options.rounds, options.once_over, beyond)
         ]
         texts.append(table(record["results"]))
+    if "memory" in parts:
+        record["memory"] = memory(replace(bench, warm=0))
+        texts.append(memory_text(record["memory"]))
     if "growth" in parts:
         record["growth"] = growth(bench, options.rounds)
         texts.append(growth_text(record["growth"]))
@@ -504,10 +595,12 @@ def main() -> None:
     report.write_json("historical", record)
     groups: dict[str, dict[str, float]] = {}
     for row in record.get("results", ()):
-        if "seconds" in row:
-            groups.setdefault(row["shape"], {})[row["contender"]] = row["seconds"]
+        if "first" in row:
+            groups.setdefault(row["shape"], {})[row["contender"]] = row["first"]["seconds"]
     if groups:
-        report.bar_chart("historical", "Historical retrieval, entity rows x events", "seconds", groups)
+        report.bar_chart(
+            "historical", "Historical retrieval, entity rows x events, first call", "seconds", groups
+        )
     report.replace_section(ROOT / "docs" / "offline-store.md", "historical", text)
 
 

@@ -3,10 +3,10 @@
 Pure DuckDB and Arrow: knows scans, keys and timestamps; knows no Feast and no file.
 
 Per view, the source is read twice. The first time keys and timestamps only: a join with the numbered
-keys of the entity rows and the range of their timestamps cut it down to candidates, an ASOF join finds
-for each entity row the timestamp of its newest candidate, and ties are settled among the candidates. The
-second time the features of exactly those rows, by their place in the files. The cost is linear in rows
-plus events (a sort of what the cuts leave), and no feature is ever sorted but those of the result.
+keys of the entity rows and the range of their timestamps cut it down to candidates, among which each
+entity row's newest is found: by ``core.as_of`` in memory, or by an ASOF join of DuckDB, which spills, where
+there are too many. The second time the features of exactly those rows, by their place in the files. The cost
+is linear in rows plus events (a sort of what the cuts leave), and no feature is ever sorted.
 
 Times are compared as integers since the epoch, in nanoseconds where the source has them and in
 microseconds otherwise, so that neither side is rounded.
@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
+from core.as_of import BYTES_PER_ROW, Asked, newest
 from core.comparison import NANOSECOND_TYPES, comparable, epoch, within
 from core.errors import EntityFrameError, InvalidSource
 from core.source import Scan, identifier
@@ -72,6 +73,7 @@ def point_in_time_join(
     *,
     known_by_then: bool = False,
     expired: bool = False,
+    in_memory: int | None = None,
 ) -> Joined:
     """Join ``views`` to ``entities`` as of column ``timestamp``.
 
@@ -88,6 +90,8 @@ def point_in_time_join(
             ``filter_by_created_timestamp``); views without one are unaffected.
         expired: tell rows past their ttl from entities without a row, at the price of reading the source
             from its beginning.
+        in_memory: how many candidates and entity rows are searched in memory at most; more are left to
+            DuckDB, which spills. By default what an eighth of its ``memory_limit`` holds.
 
     Raises:
         EntityFrameError: a key or the timestamp is missing or of a type that does not compare.
@@ -102,13 +106,14 @@ def point_in_time_join(
             )
     key_types = _load_entities(con, entities, keys, timestamp)
     rows = entities.num_rows
+    room = (_memory_limit(con) // 8 // BYTES_PER_ROW if in_memory is None else in_memory) - rows
     numbered: dict[tuple[str, ...], _Keys] = {}
     tables: list[pa.Table] = []
     statuses: dict[str, np.ndarray] = {}
     event_ns: dict[str, np.ndarray] = {}
     try:
         for view in views:
-            join = _Join(con, view, keys, key_types, known_by_then, expired)
+            join = _Join(con, view, keys, key_types, known_by_then, expired, room)
             compared = tuple(join.entity_keys)
             if compared not in numbered:
                 numbered[compared] = _Keys(con, compared, len(numbered))
@@ -140,6 +145,12 @@ def _unchanged(scan: Scan, read: Callable[[], pa.Table]) -> pa.Table:
         if scan.state() == before:
             return table
     raise InvalidSource(f"{scan.location} changes while it is read.", hint="Run it again later.")
+
+
+def _memory_limit(con: duckdb.DuckDBPyConnection) -> int:
+    """Bytes."""
+    size, unit = con.execute("SELECT current_setting('memory_limit')").fetchall()[0][0].split()
+    return int(float(size) * 1024 ** ["bytes", "KiB", "MiB", "GiB", "TiB"].index(unit))
 
 
 def _load_entities(
@@ -199,6 +210,20 @@ class _Keys:
             f"FROM entity e JOIN {self.table} k ON {_equal(keys)}"
         )
         self.count = con.execute(f"SELECT count(*) FROM {self.table}").fetchall()[0][0]
+        self._con = con
+
+    @cached_property
+    def _sorted(self) -> dict[str, np.ndarray]:
+        rows: dict[str, np.ndarray] = self._con.execute(f"SELECT * FROM {self.rows}").fetchnumpy()
+        # The order is for the cache of the processor alone, so that floats are good enough for it.
+        times = rows["us"] - (rows["us"].min() if len(rows["us"]) else 0)
+        order = np.argsort(rows["code"] + times / (times.max(initial=0) + 1))
+        return {name: column[order] for name, column in rows.items()}
+
+    def asked(self, unit: str) -> Asked:
+        """The entity rows with their times in ``us`` or ``ns``, in about the order of key and time."""
+        rows = self._sorted
+        return Asked(rows["row"], rows["code"], rows[unit], rows["us_up" if unit == "us" else "ns"])
 
 
 def _equal(keys: Sequence[str]) -> str:
@@ -210,6 +235,7 @@ class _Join:
     """One view's join. In every statement ``s`` is the source, ``e`` the entity rows."""
 
     keys: _Keys
+    winner: pa.Table | None = None
 
     def __init__(
         self,
@@ -219,8 +245,9 @@ class _Join:
         key_types: Mapping[str, str],
         known_by_then: bool,
         expired: bool,
+        room: int,
     ) -> None:
-        self.con, self.view, self.expired = con, view, expired
+        self.con, self.view, self.expired, self.room = con, view, expired, room
         kinds = view.scan.columns
         available = view.created if known_by_then else None
         nanoseconds = {kinds[name] for name in (view.timestamp, available) if name} & NANOSECOND_TYPES
@@ -247,14 +274,13 @@ class _Join:
         }
         if available:
             self.looked_at["c"] = epoch(_column(available), kinds[available], self.unit)
-        if view.created:
-            self.looked_at["made"] = _column(view.created)
         self.features = ", ".join(
             f"{_column(name)} AS f{number}" for number, name in enumerate(view.features.values())
         )
 
     def run(self, rows: int) -> pa.Table:
         """The features, one row per entity row; sets ``status`` and, for expired rows, ``event_ns``."""
+        self.winner = None
         self.status = np.full(rows, FeatureStatus.NOT_FOUND, np.int8)
         self.event_ns = np.zeros(rows if self.expired else 0, np.int64)
         bounds = self.con.execute(f"SELECT min({self.upper}), max({self.unit}) FROM entity").fetchall()
@@ -262,14 +288,15 @@ class _Join:
         found = 0
         if lowest is not None:
             self._look(lowest, highest)
-            found = self._find(lowest, highest)
+            searched = self._search()
+            found = self._find(lowest, highest) if searched is None else searched
         table = self._fetch(found)
         places = table["row"].to_numpy()
         columns = [_spread(column, places, rows) for column in table.columns[1:]]
         return pa.table(columns, names=list(self.view.features))
 
     def _look(self, lowest: int, highest: int) -> None:
-        """Create ``candidate``: of the source rows in range whose keys are asked for, times and places."""
+        """Set ``source``, what it is to be read ``where``, and ``place``, which tells its rows apart."""
         scan = self.view.scan
         scale = 1000 if self.unit == "ns" else 1
         start = (lowest - self.ttl) // scale if self.ttl and not self.expired else None
@@ -285,12 +312,45 @@ class _Join:
             self.con.execute(
                 f"CREATE OR REPLACE TEMP TABLE copy AS SELECT {columns} FROM {self.source} WHERE {self.where}"
             )
-            self.source, self.place = "copy AS s", "s.rowid"
-        columns = ", ".join(f"{value} AS {name}" for name, value in self.looked_at.items())
-        self.con.execute(
-            f"CREATE OR REPLACE TEMP TABLE candidate AS SELECT {columns}, {self.place} AS place "
+            self.source, self.place, self.where = "copy AS s", "s.rowid", "true"
+
+    def _candidates(self, looked_at: Mapping[str, str]) -> str:
+        """SQL for the source rows in range whose keys are asked for."""
+        columns = ", ".join(f"{value} AS {name}" for name, value in looked_at.items())
+        return (
+            f"SELECT {columns}, {self.place} AS place "
             f"FROM {self.source} JOIN {self.keys.table} k ON {_equal(self.source_keys)} WHERE {self.where}"
         )
+
+    def _search(self) -> int | None:
+        """Set ``winner``, found in memory, and return how many count; None where that is not possible."""
+        if "c" in self.looked_at or self.room < 0:
+            return None
+        query = f"{self._candidates(self.looked_at)} LIMIT {self.room + 1}"
+        candidates = self.con.sql(query).to_arrow_table()
+        if candidates.num_rows > self.room:
+            return None
+        unit, ttl = self.unit, self.ttl
+        if unit == "ns":
+            times = candidates["t"].to_numpy()
+            if not (times % 1000).any():
+                # Whole microseconds leave more of the 64 bits to the keys.
+                position = candidates.column_names.index("t")
+                candidates = candidates.set_column(position, "t", pa.array(times // 1000))
+                unit, ttl = "us", ttl // 1000
+        found = newest(candidates, self.keys.asked(unit), ttl, self._made if self.view.created else None)
+        if found is None:
+            return None
+        row, place = found.row[found.fresh], found.place[found.fresh]
+        if self.expired:
+            self.status[found.row] = FeatureStatus.OUTSIDE_MAX_AGE
+            self.event_ns[found.row] = found.time * (1 if unit == "ns" else 1000)
+        self.status[row] = FeatureStatus.PRESENT
+        self.winner = pa.table({"row": row, "place": place})
+        if len(place) and self.place == "s.file_row_number":
+            # Skips row groups by the numbers of their rows, and need not read times once more.
+            self.where = f"{self.place} BETWEEN {place.min()} AND {place.max()}"
+        return len(row)
 
     def _find(self, lowest: int, highest: int) -> int:
         """Create ``found``: per entity row the identity of its newest candidate. Return how many count.
@@ -298,12 +358,15 @@ class _Join:
         ``identity`` is what candidates that tie have in common. A key's number and the time make one integer
         where they fit, which sorts in two thirds of the time of two columns.
         """
-        oldest, newest = self.con.execute("SELECT min(t), max(t) FROM candidate").fetchall()[0]
+        made = {"made": _column(self.view.created)} if self.view.created else {}
+        looked_at = self._candidates(self.looked_at | made)
+        self.con.execute(f"CREATE OR REPLACE TEMP TABLE candidate AS {looked_at}")
+        oldest, last = self.con.execute("SELECT min(t), max(t) FROM candidate").fetchall()[0]
         if oldest is None:
             return 0
         # Entity rows' times were rounded up by at most one for the ttl.
         ttl = self.ttl if self.ttl <= highest - oldest else 0
-        span = newest - oldest + 1
+        span = last - oldest + 1
         numbers = f"e.row, e.code, e.{self.unit} AS asked, e.{self.upper} AS upper"
         entities = f"(SELECT {numbers} FROM {self.keys.rows} e WHERE e.{self.unit} >= {oldest})"
         small = max(map(abs, (lowest, highest, oldest))) < 1 << 61
@@ -311,7 +374,7 @@ class _Join:
             self.identity = {"moment": f"(s.code * {span} + (s.t - {oldest}))"}
             first = f"code * {span}"
             entities = (
-                f"(SELECT row, {first} + (least(asked, {newest}) - {oldest}) AS moment, {first} AS first, "
+                f"(SELECT row, {first} + (least(asked, {last}) - {oldest}) AS moment, {first} AS first, "
                 f"{first} + greatest(upper - {ttl} - {oldest}, 0) AS fresh FROM {entities})"
             )
             candidates = f"(SELECT {self.identity['moment']} AS moment FROM candidate s)"
@@ -374,12 +437,31 @@ class _Join:
         """The features of the winners, behind their row numbers."""
         if not found:
             query = f"SELECT 0::BIGINT AS row, {self.features} FROM {self.view.scan.table} AS s LIMIT 0"
-        else:
-            query = (
-                f"SELECT w.row, {self.features} FROM {self.source} JOIN winner w ON {self.place} = w.place "
-                f"WHERE {self.where}"
-            )
-        return self.con.sql(query).to_arrow_table()
+            return self.con.sql(query).to_arrow_table()
+        if self.winner is None:
+            return self._read_at("winner", f"w.row, {self.features}")
+        self.con.register("won", self.winner)
+        try:
+            return self._read_at("won", f"w.row, {self.features}")
+        finally:
+            self.con.unregister("won")
+
+    def _made(self, places: np.ndarray) -> pa.ChunkedArray:
+        """When the rows at ``places`` were created."""
+        assert self.view.created
+        self.con.register("tied", pa.table({"row": np.arange(len(places)), "place": places}))
+        try:
+            read = self._read_at("tied", f"w.row, {_column(self.view.created)} AS made")
+        finally:
+            self.con.unregister("tied")
+        return read["made"].take(pa.array(np.argsort(read["row"].to_numpy())))
+
+    def _read_at(self, places: str, columns: str) -> pa.Table:
+        """``columns`` of the source rows ``s`` whose places the table ``places``, ``w``, has."""
+        return self.con.sql(
+            f"SELECT {columns} FROM {self.source} JOIN {places} w ON {self.place} = w.place "
+            f"WHERE {self.where}"
+        ).to_arrow_table()
 
 
 def _spread(column: pa.ChunkedArray, places: np.ndarray, rows: int) -> pa.Array:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import duckdb
@@ -122,6 +122,7 @@ def join(
     expired: bool = False,
     created: str | None = "created",
     placed: bool = True,
+    in_memory: int | None = None,
 ) -> Joined:
     scan = scan_parquet(con, str(path))
     view = ViewJoin(
@@ -133,7 +134,9 @@ def join(
         created=created,
         ttl=ttl,
     )
-    return point_in_time_join(con, entities, "at", [view], known_by_then=known_by_then, expired=expired)
+    return point_in_time_join(
+        con, entities, "at", [view], known_by_then=known_by_then, expired=expired, in_memory=in_memory
+    )
 
 
 def entity_rows(
@@ -180,6 +183,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "ttl": draw(st.integers(0, 5)) * max(tick, 1_000),
         "known_by_then": draw(st.booleans()),
         "placed": draw(st.booleans()),
+        "in_memory": draw(st.sampled_from([None, 20, 0])),
         "files": draw(st.integers(1, 3)),
         "source_kind": source_kind,
         "entity_kind": entity_kind,
@@ -187,7 +191,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_join_equals_the_oracle_on_any_frame(case, con, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("source") / "events"
@@ -207,6 +211,7 @@ def test_join_equals_the_oracle_on_any_frame(case, con, tmp_path_factory) -> Non
             known_by_then=case["known_by_then"],
             expired=expired,
             placed=case["placed"],
+            in_memory=case["in_memory"],
         )
         assert joined.features["view__value"].to_pylist() == [value for value, _ in wanted]
         statuses = [FeatureStatus(status) for status in joined.statuses["view"]]
@@ -251,7 +256,10 @@ def test_the_newest_row_wins_even_if_it_is_null(con, tmp_path: Path) -> None:
     assert list(joined.statuses["view"]) == [PRESENT]
 
 
-def test_a_tie_goes_to_the_newest_created_then_to_the_last_row(con, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [None, 0])
+def test_a_tie_goes_to_the_newest_created_then_to_the_last_row(
+    con, tmp_path: Path, in_memory: int | None
+) -> None:
     events = [
         Event((1,), START, START + 2 * SECOND, 1),
         Event((1,), START, START + 3 * SECOND, 2),
@@ -261,21 +269,22 @@ def test_a_tie_goes_to_the_newest_created_then_to_the_last_row(con, tmp_path: Pa
     ]
     write(tmp_path / "events", events, pa.timestamp("us"), files=2)
     entities = entity_rows([((1,), START), ((1,), START + DAY)], pa.timestamp("us"))
-    joined = join(con, entities, tmp_path / "events")
+    joined = join(con, entities, tmp_path / "events", in_memory=in_memory)
     assert joined.features["view__value"].to_pylist() == [3, 3]
-    without = join(con, entities, tmp_path / "events", created=None)
+    without = join(con, entities, tmp_path / "events", created=None, in_memory=in_memory)
     assert without.features["view__value"].to_pylist() == [5, 5]
 
 
+@pytest.mark.parametrize("in_memory", [None, 0])
 def test_a_hundred_thousand_rows_tied_with_a_hundred_thousand_entity_rows_stay_linear(
-    con, tmp_path: Path
+    con, tmp_path: Path, in_memory: int | None
 ) -> None:
     count = 100_000
     at = pa.array(np.full(count, START // 1_000)).cast(pa.timestamp("us"))
     table = pa.table({"key0": np.zeros(count, np.int64), "at": at, "created": at, "value": np.arange(count)})
     pq.write_table(table, tmp_path / "events.parquet")
     entities = table.select(["key0", "at"])
-    joined = join(con, entities, tmp_path / "events.parquet")
+    joined = join(con, entities, tmp_path / "events.parquet", in_memory=in_memory)
     assert joined.features["view__value"].to_pylist() == [count - 1] * count
 
 
@@ -478,14 +487,14 @@ def test_times_at_the_ends_of_the_calendar_compare(con, tmp_path: Path) -> None:
     pq.write_table(source, tmp_path / "events.parquet")
     rows = pa.array([*ends, datetime(2024, 1, 1)], pa.timestamp("us"))  # noqa: DTZ001
     entities = pa.table({"key0": [1, 1, 1], "at": rows})
-    for ttl in (timedelta(0), timedelta.max):
-        joined = join(con, entities, tmp_path / "events.parquet", created=None, ttl=ttl)
+    for ttl, in_memory in product((timedelta(0), timedelta.max), (None, 0)):
+        joined = join(con, entities, tmp_path / "events.parquet", created=None, ttl=ttl, in_memory=in_memory)
         assert joined.features["view__value"].to_pylist() == [1, 2, 1]
     nanoseconds = pa.table({"key0": [1], "at": times([START], pa.timestamp("ns")), "value": [3]})
     pq.write_table(nanoseconds, tmp_path / "events.parquet")
-    for ttl, values in ((timedelta(0), [None, 3, 3]), (timedelta.max, [None, 3, 3])):
-        joined = join(con, entities, tmp_path / "events.parquet", created=None, ttl=ttl)
-        assert joined.features["view__value"].to_pylist() == values
+    for ttl, in_memory in product((timedelta(0), timedelta.max), (None, 0)):
+        joined = join(con, entities, tmp_path / "events.parquet", created=None, ttl=ttl, in_memory=in_memory)
+        assert joined.features["view__value"].to_pylist() == [None, 3, 3]
 
 
 def test_a_join_larger_than_its_memory_spills_and_is_right(tmp_path: Path) -> None:
