@@ -1,13 +1,15 @@
-"""In-process latency of one online read: stock Feast, Banquet, and the raw round trip they share.
+"""In-process latency of one online read: stock Feast, Banquet, and the raw round trips they share.
 
 A child of bench/serving.py, run in turns within one process. Banquet is timed from entity columns to
-decoded columns with statuses, on uvloop as in a worker. The raw round trip sends the same bytes, made
-beforehand, on a blocking socket, and parses the replies with hiredis without decoding any value. Prints
-JSON: per number of entities and contender the median milliseconds.
+decoded columns with statuses, on uvloop and without a task, as in a worker. The raw round trip sends the
+same bytes, made beforehand, on a blocking socket, and parses the replies with hiredis without decoding any
+value; "loop" does so with a bare protocol on uvloop, which is what an event loop costs whoever uses one.
+Prints JSON: per number of entities and contender the median milliseconds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -16,10 +18,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hiredis
 import uvloop
 
+from core import handover
 from core.online import FeaturePlan, OnlineReader
 from core.redis_connection import open_connection
 from core.repository import FeastRepository
@@ -48,6 +52,61 @@ def raw_reader(port: int) -> Callable[[bytes, int], list[object]]:
     return read
 
 
+class RawProtocol(asyncio.Protocol):
+    """A pipeline's bytes out, its replies parsed; ``done`` is called when all are there."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self._done = done
+        self._parser = hiredis.Reader()
+        self._left = 0
+        self.transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio's protocol."""
+        self.transport = transport
+
+    def send(self, payload: bytes, count: int) -> None:
+        """Ask for ``count`` replies."""
+        self._left = count
+        self.transport.write(payload)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio's protocol."""
+        self._parser.feed(data)
+        while self._left and self._parser.gets() is not False:
+            self._left -= 1
+        if not self._left:
+            self._done()
+
+
+def loop_times(loop: asyncio.AbstractEventLoop, port: int, payloads: list[bytes], count: int) -> list[float]:
+    """Seconds of each round trip on the loop, one after the other."""
+    ended = loop.create_future()
+    times: list[float] = []
+    started = 0.0
+
+    def following() -> None:
+        nonlocal started
+        if started:
+            times.append(time.perf_counter() - started)
+        if len(times) == len(payloads):
+            ended.set_result(None)
+            return
+        payload = payloads[len(times)]
+        started = time.perf_counter()
+        protocol.send(payload, count)
+
+    async def run() -> None:
+        await loop.create_connection(lambda: protocol, "127.0.0.1", port)
+        following()
+        await ended
+        protocol.transport.close()
+
+    protocol = RawProtocol(following)
+    loop.run_until_complete(run())
+    return times
+
+
 def main() -> None:
     """Measure and print."""
     from feast import FeatureStore
@@ -70,16 +129,27 @@ def main() -> None:
         drawn = [draw.sample(range(USERS), size) for _ in range(repeats)]
         times = []
         if contender == "banquet":
+            ended = loop.create_future()
 
             async def read_all() -> None:
-                for ids in drawn:
-                    started = time.perf_counter()
-                    await reader.read(plan, {"user_id": ids}, size)
-                    times.append(time.perf_counter() - started)
+                try:
+                    for ids in drawn:
+                        started = time.perf_counter()
+                        await reader.read(plan, {"user_id": ids}, size)
+                        times.append(time.perf_counter() - started)
+                finally:
+                    ended.set_result(None)
 
-            loop.run_until_complete(read_all())
-        elif contender == "raw":
+            async def as_the_server_does() -> None:
+                handover.run(read_all())
+                await ended
+
+            loop.run_until_complete(as_the_server_does())
+        elif contender in ("raw", "loop"):
             payloads = [group.hash_fields.request(group.encoder.encode([ids])) for ids in drawn]
+            if contender == "loop":
+                times += loop_times(loop, repository.redis.port, payloads, size)
+                payloads = []
             for payload in payloads:
                 started = time.perf_counter()
                 raw(payload, size)
@@ -94,7 +164,7 @@ def main() -> None:
 
     found: dict[str, dict[str, list[float]]] = {}
     for size in SIZES:
-        cells: dict[str, list[float]] = {"stock": [], "banquet": [], "raw": []}
+        cells: dict[str, list[float]] = {"stock": [], "banquet": [], "raw": [], "loop": []}
         for turn in range(ROUNDS + 1):
             for contender, times in cells.items():
                 repeats = max(5, (200 if contender == "stock" else 4000) // (size + 20))

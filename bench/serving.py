@@ -378,14 +378,18 @@ def tables(record: dict[str, Any]) -> str:
         rows = []
         for size, cells in record["in_process"].items():
             times = {name: statistics.median(taken) for name, taken in cells.items()}
-            over = statistics.median(a / b for a, b in zip(cells["banquet"], cells["raw"], strict=True))
+            over, over_loop = (
+                statistics.median(a / b for a, b in zip(cells["banquet"], cells[raw], strict=True))
+                for raw in ("raw", "loop")
+            )
             stock = statistics.median(a / b for a, b in zip(cells["stock"], cells["banquet"], strict=True))
             rows.append(
                 [
                     size,
-                    *(f"{times[n]:.3f}" for n in ("stock", "banquet", "raw")),
+                    *(f"{times[n]:.3f}" for n in ("stock", "banquet", "raw", "loop")),
                     _times(stock),
                     f"{over:.2f}x",
+                    f"{over_loop:.2f}x",
                 ]
             )
         header = [
@@ -393,8 +397,10 @@ def tables(record: dict[str, Any]) -> str:
             "stock, ms",
             "Banquet, ms",
             "raw round trip, ms",
+            "raw on uvloop, ms",
             "stock to Banquet",
             "Banquet to raw",
+            "Banquet to raw on uvloop",
         ]
         parts.append(report.table(header, rows))
     if record.get("start"):
