@@ -37,6 +37,8 @@ from userbase import USERS, Userbase, free_port, userbase, wait_for  # noqa: E40
 KEY = "bench-key"
 SHAPES = "1x1,1x8,1x32,50x1,50x8,50x32"
 PYTHON_BIN = Path(sys.executable).parent
+# A fresh `feast serve` answers nothing in its first second under 32 connections.
+_WARM_UP_S = 4.0
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -516,7 +518,7 @@ def measure_workers(scene: Userbase, canned: Path, seconds: float, rounds: int) 
             for turn in range(rounds + 1):
                 for workers, taken in speeds.items():
                     url = up[target.server, workers].url
-                    rps = wrk(target, url, 1, 32, seconds if turn else 1.0)["rps"]
+                    rps = wrk(target, url, 1, 32, seconds if turn else _WARM_UP_S)["rps"]
                     if turn:
                         taken.append(rps)
             found[target.name] = [statistics.median(taken) for taken in speeds.values()]
