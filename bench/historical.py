@@ -11,7 +11,7 @@ once a process has spent ``--warm-seconds`` in calls. The clock runs from the ca
 Every result is compared with Banquet's, row by row and value by value; what differs is counted. A ratio is
 the median of the ratios within each round: on a busy machine only they count, and CPU seconds more than
 seconds. A process may use ``--memory-gb`` and ``--timeout``; a contender that needs more, or takes longer
-than ``--once-over``, runs once, and one that fails on a dense shape is not tried on a larger one.
+than ``--once-over``, runs once; on a dense shape, it is not tried on a larger one either.
 
 ``memory`` joins 5 million events of each of three views, on dense keys, with DuckDB's default memory and with
 256 MB, and tells the peak of the process and what of it was there before the call.
@@ -53,7 +53,7 @@ KINDS = ("first", "warm")
 DIFFERENCES = ("rows_lost", "rows_different", "rows_out_of_place")
 CONTENDERS = ("banquet", "duckdb", "polars", "feast-duckdb", "feast-dask")
 NEEDS_EXTRA = {"polars", "feast-duckdb"}
-DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-10k,dense-30k,dense-300k"
+DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-30k,dense-300k"
 MEMORY_SHAPE = "dense-30kx5M"
 # Dense keys: entity rows double, then events.
 GROWTH = [(30_000 << n, 340_000) for n in range(4)] + [(30_000, 340_000 << n) for n in range(1, 4)]
@@ -373,12 +373,12 @@ class Bench:
 def measure(
     bench: Bench, case: Shape, names: list[str], rounds: int, once_over: float, beyond: set[str]
 ) -> list[dict[str, Any]]:
-    """Every contender ``rounds`` times, in turns; what fails on dense keys joins ``beyond``."""
+    """Every contender ``rounds`` times, in turns; what fails or is slow on dense keys joins ``beyond``."""
     generate(case, bench.scratch)
     extra = extra_python(bench.scratch) if NEEDS_EXTRA & set(names) else None
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     dense = case.name.startswith("dense-")
-    failed = dict.fromkeys(beyond, "not tried: failed on a smaller one") if dense else {}
+    failed = dict.fromkeys(beyond, "not tried: slow or failed on a smaller one") if dense else {}
     counted: dict[str, dict[str, int]] = {}
     for _ in range(rounds):
         for name in names:
@@ -396,7 +396,8 @@ def measure(
             if name != "banquet" and name not in counted and runs.get("banquet"):
                 counted[name] = differences(case, bench.result("banquet"), bench.result(name))
     if dense:
-        beyond |= failed.keys()
+        slow = {name for name in names if any(run["first"]["seconds"] > once_over for run in runs[name])}
+        beyond |= failed.keys() | (slow - {"banquet"})
     return [
         _summary(case, name, runs[name], runs.get("banquet", []), failed.get(name)) | counted.get(name, {})
         for name in names
@@ -470,20 +471,18 @@ def memory_text(rows: list[dict[str, Any]]) -> str:
     return report.table([MEMORY_SHAPE, "MB before the call", "peak MB", "seconds", "CPU seconds"], lines)
 
 
-def growth(bench: Bench, rounds: int) -> dict[str, Any]:
+def growth(bench: Bench) -> dict[str, Any]:
     """CPU seconds of Banquet while rows and events double, and the plane through them."""
     import numpy as np
 
     bench = replace(bench, warm=0)
-    taken: dict[tuple[int, int], list[float]] = {size: [] for size in GROWTH}
-    for _ in range(rounds):
-        for rows, events in GROWTH:
-            case = shape(f"dense-{rows}x{events}")
-            generate(case, bench.scratch)
-            found = bench.run(Path(sys.executable), "banquet", case)
-            taken[rows, events].append(found["first"]["cpu_seconds"])
-            print(f"  {rows:,} rows x {events:,} events: {_told(found)}", file=sys.stderr)
-    seconds = {size: statistics.median(times) for size, times in taken.items()}
+    seconds: dict[tuple[int, int], float] = {}
+    for rows, events in GROWTH:
+        case = shape(f"dense-{rows}x{events}")
+        generate(case, bench.scratch)
+        found = bench.run(Path(sys.executable), "banquet", case)
+        seconds[rows, events] = found["first"]["cpu_seconds"]
+        print(f"  {rows:,} rows x {events:,} events: {_told(found)}", file=sys.stderr)
     sizes = np.array([[1, rows, 3 * events] for rows, events in seconds])
     measured = np.array(list(seconds.values()))
     plane, *_ = np.linalg.lstsq(sizes, measured, rcond=None)
@@ -546,11 +545,11 @@ def main() -> None:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--parts", default="compare,memory,growth")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--warm", type=int, default=3, help="calls of a process after its first")
-    parser.add_argument("--warm-seconds", type=float, default=6.0, help="of calls, after which none follows")
+    parser.add_argument("--warm", type=int, default=2, help="calls of a process after its first")
+    parser.add_argument("--warm-seconds", type=float, default=4.0, help="of calls, after which none follows")
     parser.add_argument("--timeout", type=int, default=120, help="CPU seconds of one process")
     parser.add_argument("--memory-gb", type=float, default=12.0, help="of one process")
-    parser.add_argument("--once-over", type=float, default=8.0, help="seconds after which one run is enough")
+    parser.add_argument("--once-over", type=float, default=5.0, help="seconds after which one run is enough")
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "banquet-bench-historical"
     )
@@ -586,7 +585,7 @@ def main() -> None:
         record["memory"] = memory(replace(bench, warm=0))
         texts.append(memory_text(record["memory"]))
     if "growth" in parts:
-        record["growth"] = growth(bench, options.rounds)
+        record["growth"] = growth(bench)
         texts.append(growth_text(record["growth"]))
     text = "\n\n".join(texts)
     print(text)
