@@ -109,9 +109,10 @@ class Limits:
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Limits:
         """The limits that ``as_json`` gives, defaults for what is missing; raises ``InvalidRequest``."""
-        unknown = sorted(set(given) - {one.name for one in fields(cls)})
+        known = [one.name for one in fields(cls)]
+        unknown = sorted(set(given) - set(known))
         if unknown:
-            raise InvalidRequest(f"There is no limit {unknown[0]}.")
+            raise InvalidRequest(f"There is no limit {unknown[0]}.", hint=f"Limits: {', '.join(known)}.")
         return cls(**{**given, "without": tuple(given.get("without", ()))})
 
 

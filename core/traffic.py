@@ -150,7 +150,9 @@ def rolled_back(traffic: Traffic, *, name: str) -> Traffic:
         raise Conflict(
             f"Model {name!r} has no previous champion.", hint="Promote a version with `models promote`."
         )
-    return Traffic({**aliases, CHAMPION: aliases[PREVIOUS], PREVIOUS: aliases[CHAMPION]})
+    chosen = aliases[PREVIOUS]
+    kept = {a: v for a, v in aliases.items() if not (a == CHALLENGER and v == chosen)}
+    return Traffic({**kept, CHAMPION: chosen, PREVIOUS: aliases[CHAMPION]})
 
 
 def started(traffic: Traffic, rollout: Rollout, *, name: str) -> Traffic:

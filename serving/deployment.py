@@ -188,6 +188,7 @@ class Shadow:
         self._waiting_rows = 0
         self._thread = ThreadPoolExecutor(1, "banquet-shadow")
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def shares(self, columns: Columns, rows: int) -> list[Share]:  # noqa: ARG002 — as Canary's
         """All rows for the champion, whose answers are mirrored for a share of the requests."""
@@ -196,7 +197,8 @@ class Shadow:
         return [_Observed(self.champion, CHAMPION, self.recorder, mirror=self._mirror)]
 
     def close(self) -> None:
-        """Stop; what waits is dropped."""
+        """Stop; what waits is dropped, and so is what requests still under way would mirror."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
         self._waiting.clear()
@@ -205,7 +207,7 @@ class Shadow:
     def _mirror(self, request_id: str, answers: Sequence[tuple[Answer, Columns]]) -> None:
         for answer, columns in answers:
             rows = answer.vectors.rows
-            if self._waiting_rows + rows > _SHADOW_WAITING_ROWS:
+            if self._closed or self._waiting_rows + rows > _SHADOW_WAITING_ROWS:
                 self._metrics.dropped(self.champion.name, rows)
                 continue
             self._waiting.append(_Mirrored(request_id, columns, answer))

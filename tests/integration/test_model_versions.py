@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import re
@@ -24,6 +25,7 @@ from core.repository import FeastRepository
 from core.settings import Settings
 from core.traffic import Step
 from tests.support import trials
+from tests.support.clients import Clients
 from tests.support.server import banquet
 from tests.support.trials import MODEL, Honest, Wrong
 
@@ -289,3 +291,22 @@ def test_versions_that_answer_other_requests_cannot_share_traffic(scene: Scene) 
     answer = scene.client.post(f"/admin/models/{MODEL}/rollout", json=body, headers=ADMIN)
     assert answer.status_code == 409
     assert "differ in the classes" in answer.json()["error"]
+
+
+def test_a_shadow_that_ends_under_load_ends_quietly(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """Requests that came before its end find it closed: their rows are dropped, nothing fails."""
+    port = scene.client.base_url.port
+    assert port is not None
+
+    async def run() -> Clients:
+        async with Clients([port], connections=6) as clients:
+            for _ in range(3):
+                rollouts.start(scene.registry, MODEL, kind="shadow", automatic=False)
+                await asyncio.sleep(1.5)
+                rollouts.abort(scene.registry, MODEL, None)
+                await asyncio.sleep(1.2)
+        return clients
+
+    clients = asyncio.run(run())
+    assert clients.failures == []
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

@@ -65,6 +65,11 @@ def test_rolling_back_during_a_rollout_ends_it() -> None:
     assert traffic.rolled_back(UNDER_WAY, name="churn") == Traffic({CHAMPION: 7, CHALLENGER: 2, PREVIOUS: 1})
 
 
+def test_a_champion_is_no_challenger_of_itself() -> None:
+    now = Traffic({CHAMPION: 2, CHALLENGER: 1, PREVIOUS: 1})
+    assert traffic.rolled_back(now, name="churn") == Traffic({CHAMPION: 1, PREVIOUS: 2})
+
+
 def test_what_is_refused() -> None:
     under_way = UNDER_WAY.rollout
     assert under_way is not None
