@@ -332,11 +332,18 @@ class EmbeddedRedis:
 
     def _ended(self, process_id: int, timeout_seconds: float) -> bool:
         deadline = time.monotonic() + timeout_seconds
-        while not _reaped(process_id) and self._runs():
+        while not self._gone(process_id):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         return True
+
+    def _gone(self, process_id: int) -> bool:
+        """Whether it has ended. It frees its lock a moment before: a child of ours is waited for."""
+        try:
+            return os.waitpid(process_id, os.WNOHANG)[0] == process_id
+        except ChildProcessError:
+            return not self._runs()
 
 
 def server_binary() -> Path:

@@ -414,7 +414,8 @@ def test_commands_killed_anywhere_leave_a_whole_history_and_a_server_that_answer
             rollouts.abort(one.registry, MODEL, None)
         if one.latest.aliases[CHAMPION] != 1:
             one.registry.promote(MODEL, 1)
-        # The next change has mended what the killed one left.
+        one.registry.set_alias(MODEL, CHALLENGER, IDENTICAL)  # a change, wherever the killed one had got to
+        # It has mended what the killed one left.
         assert json.loads((folder / "aliases.json").read_text()) == one.registry.aliases(MODEL)
         before = one.latest.number
         process = subprocess.Popen(
