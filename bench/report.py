@@ -54,21 +54,22 @@ def replace_section(document: Path, name: str, text: str) -> bool:
     return True
 
 
-def bar_chart(name: str, title: str, unit: str, groups: dict[str, dict[str, float]]) -> None:
-    """``bench/results/<name>.svg``: horizontal bars on a logarithmic scale, grouped, with their numbers."""
-    import math
+def bar_chart(
+    name: str, title: str, unit: str, groups: dict[str, dict[str, float]], *, own_scales: bool = False
+) -> None:
+    """``bench/results/<name>.svg``: horizontal bars from zero, grouped, with their numbers.
 
+    ``own_scales`` draws each group to its own longest bar, for groups that lie orders of magnitude apart.
+    """
     series = list(dict.fromkeys(label for bars in groups.values() for label in bars))
-    values = [value for bars in groups.values() for value in bars.values() if value > 0]
-    low = 10 ** math.floor(math.log10(min(values)))
-    span = math.log10(max(values) / low)
-    left, width, step = 150, 470, 18
+    longest = max(value for bars in groups.values() for value in bars.values())
+    left, width, step = 30 + 7 * max(map(len, groups)), 470, 18
     y, parts = 52, [f'<text x="10" y="22" font-size="15">{escape(title)}</text>']
     for group, bars in groups.items():
-        middle = y + step * len(bars) / 2 + 4
+        middle = y + step * len(bars) / 2 + 2
         parts.append(f'<text x="{left - 10}" y="{middle:.0f}" text-anchor="end">{escape(group)}</text>')
         for label, value in bars.items():
-            length = max(1.0, width * math.log10(value / low) / span)
+            length = max(1.0, width * value / (max(bars.values()) if own_scales else longest))
             color = _COLORS[series.index(label) % len(_COLORS)]
             text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
             parts.append(
@@ -78,11 +79,12 @@ def bar_chart(name: str, title: str, unit: str, groups: dict[str, dict[str, floa
             parts.append(f'<text x="{x}" y="{y + step - 7}" fill="#555">{text} {escape(label)}</text>')
             y += step
         y += 12
-    parts.append(f'<text x="10" y="{y + 8}" fill="#777">{escape(unit)}, logarithmic</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{y + 22}" font-family="sans-serif" '
+    note = f"{unit}, each group to a scale of its own" if own_scales else unit
+    parts.append(f'<text x="10" y="{y + 8}" fill="#777">{escape(note)}</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 250}" height="{y + 22}" '
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.svg").write_text(
-        f'{head}font-size="12"><rect width="100%" height="100%" fill="white"/>\n'
+        f'{head}font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )

@@ -147,12 +147,14 @@ def main() -> None:
         return
     report.write_json("rollout", record)
     groups = {
-        f"{cell['entities']} entities, {cell['connections']} conn.": {
+        f"{cell['entities']} x {cell['connections']}": {
             kind: shown["cpu_us"] for kind, shown in cell["targets"].items()
         }
         for cell in record["load"]
     }
-    report.bar_chart("rollout", "CPU per request of /predict, one worker", "microseconds", groups)
+    report.bar_chart(
+        "rollout", "CPU per request of /predict, entities x connections, one worker", "microseconds", groups
+    )
     report.replace_section(HERE.parent / "docs" / "rollouts.md", "rollout", text)
 
 

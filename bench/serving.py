@@ -492,13 +492,18 @@ def main() -> None:
         return
     report.write_json("serving", record)
     groups = {
-        f"{cell['entities']} entities, {cell['connections']} conn.": {
+        f"{cell['entities']} x {cell['connections']}": {
             name: shown["rps"] for name, shown in cell["targets"].items()
         }
         for cell in record.get("load", ())
     }
     if groups:
-        report.bar_chart("serving", "Requests per second, one worker each", "requests per second", groups)
+        report.bar_chart(
+            "serving",
+            "Requests per second, entities x connections, one worker each",
+            "requests per second",
+            groups,
+        )
     report.replace_section(HERE.parent / "docs" / "performance.md", "serving", text)
 
 
