@@ -85,7 +85,7 @@ class Limits:
             if one.name == "require_labels":
                 right = isinstance(value, bool)
             elif one.name == "without":
-                right = not set(value) - set(CHECKS)
+                right = all(name in CHECKS for name in value)
             elif one.name == "alpha":
                 right = _is_number(value) and 0 < value <= 0.5
             else:
@@ -113,7 +113,10 @@ class Limits:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise InvalidRequest(f"There is no limit {unknown[0]}.", hint=f"Limits: {', '.join(known)}.")
-        return cls(**{**given, "without": tuple(given.get("without", ()))})
+        without = given.get("without", ())
+        if not isinstance(without, list | tuple):
+            raise InvalidRequest(f"The limit without is {without!r}.", hint="It is a list of checks.")
+        return cls(**{**given, "without": tuple(without)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,7 +194,7 @@ class FeaturePlan:
             view, colon, feature = reference.partition(":")
             view = view.removesuffix("@latest")
             base, _, version = view.partition("@v")
-            if not colon or not base or not feature or ("@" in view and not version.isdigit()):
+            if not colon or not base or not feature or ("@" in view and not _is_number(version)):
                 raise InvalidRequest(
                     f"Feature reference {reference!r} is malformed.",
                     hint="Write it as view:feature, or view@v2:feature for a pinned version.",
@@ -259,6 +259,11 @@ class FeaturePlan:
                 self._add_transformation(source.name, found)
         self.request_inputs |= {feature.name: feature for feature in view.request_inputs}
         self._transformations[name] = OnDemandTransformation(view, name, list(self._join_keys))
+
+
+def _is_number(text: str) -> bool:
+    """Whether it can be a version's number; a "²" is a digit to Python and none to ``int``."""
+    return text.isascii() and text.isdecimal() and len(text) <= 9
 
 
 class OnlineReader:

@@ -28,7 +28,7 @@ from serving import admin, api_docs, inference
 from serving.access import AccessPolicy
 from serving.catalog import Catalog
 from serving.conductor import Conductor
-from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send
+from serving.endpoints import App, Endpoint, Gateway, HotRoutes, Receive, Scope, Send, given_id
 from serving.features import OnlineFeaturesEndpoint
 from serving.feedback import FeedbackEndpoint
 from serving.memory import MemoryWatch
@@ -223,7 +223,8 @@ def create_app(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _problem(exc: Exception, request: Request, status: int | None = None) -> Response:
-        identity = request.headers.get("x-request-id") or gateway.request_ids.next()
+        given = request.headers.get("x-request-id", "").encode("latin-1")
+        identity = given_id(given) or gateway.request_ids.next()
         code, payload = problem(exc, identity)
         headers = {"x-request-id": identity, **({"retry-after": "1"} if 503 in (code, status) else {})}
         return Response(payload, status or code, headers=headers, media_type=CONTENT_TYPE.decode())

@@ -130,6 +130,13 @@ class Catalog:
             ModelNotReady: its champion has not passed its checks.
         """
         name, _, alias = (reference or self._default()).partition("@")
+        if alias and version is not None:
+            raise ModelNotFound(
+                f"{reference!r} names a version by its alias already.",
+                hint=f"Ask for {name!r} and version {version}, or for {reference!r} alone.",
+                model=name,
+                version=version,
+            )
         deployment = self._deployments.get(name)
         if deployment is None:
             refused = next((error for (model, _), error in self._refused.items() if model == name), None)

@@ -99,10 +99,12 @@ class Gateway:
 
     def examine(self, route: str, method: str, headers: Iterable[tuple[bytes, bytes]]) -> Head:
         """Check credentials and content type; never raises."""
-        content_type = credentials = request_id = None
+        content_type = encoding = credentials = request_id = None
         for name, value in headers:
             if name == b"content-type":
                 content_type = value
+            elif name == b"content-encoding":
+                encoding = value
             elif name == b"authorization":
                 credentials = value
             elif name == b"x-request-id":
@@ -111,11 +113,13 @@ class Gateway:
         try:
             self._access.check(credentials)
             if method == "POST":
-                # The inference protocol names no content type, and Triton's client sends none.
-                _check_content_type(content_type, optional=route.startswith("/v2/"))
+                # The inference protocol names no content type, and Triton's client sends none; most changes
+                # of the admin API need no body.
+                _check_content_type(content_type, optional=route.startswith(("/v2/", "/admin/")))
+                _check_encoding(encoding)
         except BanquetError as exc:
             refusal = exc
-        return Head(route, _given(request_id), refusal)
+        return Head(route, given_id(request_id), refusal)
 
     async def respond(self, head: Head, endpoint: Endpoint, body: bytes, started: float) -> Reply:
         """Run the endpoint on the body, whose length is checked here; never raises.
@@ -211,7 +215,7 @@ class HotRoutes:
 def _check_content_type(value: bytes | None, *, optional: bool) -> None:
     if value is None and optional:
         return
-    if value is None or not value.lower().startswith(_JSON):
+    if value is None or value.partition(b";")[0].strip().lower() != _JSON:
         shown = "none" if value is None else value.decode("latin-1")
         raise UnsupportedMediaType(
             f"The content type is {shown}; it must be application/json.",
@@ -220,7 +224,16 @@ def _check_content_type(value: bytes | None, *, optional: bool) -> None:
         )
 
 
-def _given(request_id: bytes | None) -> str | None:
+def _check_encoding(value: bytes | None) -> None:
+    if value is not None and value.strip().lower() != b"identity":
+        raise UnsupportedMediaType(
+            f"The body is encoded as {value.decode('latin-1')}, which this server does not decode.",
+            hint="Send it as it is, without the header `Content-Encoding`.",
+            field="content-encoding",
+        )
+
+
+def given_id(request_id: bytes | None) -> str | None:
     """A caller's own id, if it is short and printable enough to go back into a header and a log."""
     if request_id is None or len(request_id) > 128:
         return None

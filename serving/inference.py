@@ -142,7 +142,9 @@ class Infer:
             hint = "Tensors are sent as JSON; turn binary data off (tritonclient: `binary_data=False`)."
             raise MalformedBody(exc.message, hint=exc.hint or hint, **exc.details) from exc
         bodies.check_fields(request, _FIELDS)
-        identity = request.get("id", request_id)
+        identity = request.get("id")
+        if identity is None:
+            identity = request_id
         if type(identity) is not str:
             raise InvalidRequest(f"`id` is {describe(identity)}; it must be a string.", field="id")
         _parameters(request, "the request")

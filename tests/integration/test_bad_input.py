@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,8 @@ BASKET = {"features": ["basket:share"]}
         ({"features": ["age"]}, 422, "features", "'age' is malformed"),
         ({"features": ["profile:"]}, 422, "features", "malformed"),
         ({"features": ["profile@v:age"]}, 422, "features", "malformed"),
+        ({"features": ["profile@v²:age"]}, 422, "features", "malformed"),
+        ({"features": ["profile@v" + "9" * 5000 + ":age"]}, 422, "features", "malformed"),
         ({"features": [*AGE, *AGE]}, 422, "features", "twice"),
         ({"features": ["profile:nothing"]}, 404, "features", "age, city, member"),
         ({"features": ["nothing:age"]}, 404, "features", "Known views: basket"),
@@ -292,12 +295,34 @@ def test_as_many_entities_as_the_limit_are_answered(server: httpx.Client) -> Non
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("path", ["/predict", "/get-online-features", "/push", "/write-to-online-store"])
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "text/json", ""])
+@pytest.mark.parametrize(
+    "kind",
+    [None, "text/plain", "application/x-www-form-urlencoded", "text/json", "", "application/json-seq"],
+)
 def test_another_content_type_is_a_415(server: httpx.Client, path: str, kind: str | None) -> None:
     body = b'{"entities": {"user_id": [1]}}'
     headers = {} if kind is None else {"content-type": kind}
     text = problem(server.post(path, content=body, headers=headers), 415, "content-type")
     assert "Content-Type: application/json" in text
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("path", ["/predict", "/push", "/v2/models/worth/infer"])
+def test_a_body_that_is_compressed_is_a_415_that_says_so(server: httpx.Client, path: str) -> None:
+    body = gzip.compress(b'{"entities": {"user_id": [1]}}')
+    response = server.post(path, content=body, headers={**JSON, "content-encoding": "gzip"})
+    assert "encoded as gzip" in problem(response, 415, "content-encoding")
+
+
+@pytest.mark.parametrize("given", ["x" * 3000, "\u00e9"])
+@pytest.mark.parametrize("path", ["/nothing", "/predict"])
+def test_a_request_id_that_is_long_or_no_ascii_is_replaced(
+    server: httpx.Client, path: str, given: str
+) -> None:
+    sent = {b"x-request-id": given.encode("latin-1"), b"content-type": b"application/json"}
+    response = server.post(path, content=b"{", headers=sent)
+    assert len(response.json()["request_id"]) == 26
+    assert response.headers["x-request-id"] == response.json()["request_id"]
 
 
 def test_a_content_type_with_parameters_is_taken(server: httpx.Client) -> None:

@@ -235,6 +235,9 @@ def test_the_id_is_echoed_and_made_up_where_there_is_none(server: httpx.Client) 
     assert answered(infer(server, "worth", user, id="42"))["id"] == "42"
     response = infer(server, "worth", user)
     assert answered(response)["id"] == response.headers["x-request-id"]
+    # As MLServer's own types are written where nothing is set.
+    response = infer(server, "worth", user, id=None, parameters=None, outputs=None)
+    assert answered(response)["id"] == response.headers["x-request-id"]
     assert "`id` is an integer" in refused(infer(server, "worth", user, id=42))
 
 

@@ -91,6 +91,8 @@ def test_a_version_is_asked_for_by_name_alias_or_number(scene: Scene) -> None:
             "does not serve version 3. It serves 2 (challenger), 1 (champion)",
         ),
         ("/models/scores/versions/x/predict", "has no version 'x'"),
+        ("/models/scores@champion/versions/1/predict", "names a version by its alias already"),
+        ("/v2/models/scores@champion/versions/7/infer", "names a version by its alias already"),
         ("/models/scores@nobody/predict", "has no alias 'nobody' here. Its aliases: challenger, champion"),
         ("/models/others/predict", "There is no model 'others'. Models: scores"),
         ("/models/%2e%2e%2fscores/predict", ""),
@@ -213,12 +215,15 @@ def test_the_admin_api_promotes_and_rolls_back_at_once(scene: Scene) -> None:
     assert done.status_code == 200, done.text
     assert done.json()["aliases"] == {"champion": 2, "previous": 1}
     assert scene.predict()[:2] == (2, "champion")
+    done = scene.client.post(f"/admin/models/{MODEL}/rollback", headers=ADMIN)  # a body is optional
+    assert done.json()["aliases"] == {"champion": 1, "previous": 2}
+    assert post("rollback").json()["aliases"] == {"champion": 2, "previous": 1}
     done = post("rollback", {"why": "worse after all"})
     assert done.json()["aliases"] == {"champion": 1, "previous": 2}
     assert scene.predict()[:2] == (1, "champion")
-    told = [(change.action, change.who, change.why) for change in scene.registry.history(MODEL)[-2:]]
+    told = [(change.action, change.who, change.why) for change in scene.registry.history(MODEL)[-4:]]
     assert told[0] == ("promote", "ada", "better")
-    assert told[1][0::2] == ("rollback", "worse after all")
+    assert [one[0::2] for one in told[1:]] == [("rollback", why) for why in ("", "", "worse after all")]
     assert told[1][1].startswith("admin API, request ")
     models = scene.client.get("/admin/models", headers=ADMIN).json()
     assert models[MODEL]["aliases"] == {"champion": 1, "previous": 2}
@@ -240,6 +245,8 @@ def test_the_admin_api_promotes_and_rolls_back_at_once(scene: Scene) -> None:
         ("rollout", {"steps": [50, 5]}, 422, "The steps of a rollout must grow"),
         ("rollout", {"steps": [{"percent": "5"}]}, 422, "A step has numbers"),
         ("rollout", {"limits": {"eror_rate": 1}}, 422, "There is no limit eror_rate"),
+        ("rollout", {"limits": {"without": 5}}, 422, "The limit without is 5"),
+        ("rollout", {"limits": {"without": [["errors"]]}}, 422, "The limit without is"),
         ("rollout", {"version": 1}, 409, "is the champion already"),
     ],
 )
