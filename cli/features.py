@@ -77,14 +77,14 @@ def describe_impact(found: Impact) -> str:
     return "\n".join(lines)
 
 
-def apply_definitions(repository: FeastRepository) -> ApplyPlan:
+def apply_definitions(ctx: Context, repository: FeastRepository) -> ApplyPlan:
     """Plan, then apply where there is something to apply; raises SchemaMismatch rather than break a model."""
     from cli.models import open_registry
     from materialization import apply, impact
 
     planned = apply.plan(repository)
     if planned.changes:
-        impact.refuse_broken_models(impact.broken_models(repository, planned, open_registry()))
+        impact.refuse_broken_models(impact.broken_models(repository, planned, open_registry(ctx)))
         apply.apply(repository, planned)
     return planned
 
@@ -107,7 +107,7 @@ def apply(ctx: Context, dry_run: bool, break_models: bool) -> None:
     cost = impact.impact(repository, planned)
     models: tuple[BrokenModel, ...] | None
     try:
-        models = impact.broken_models(repository, planned, open_registry())
+        models = impact.broken_models(repository, planned, open_registry(ctx))
     except RegistryUnavailable as exc:
         if not (dry_run or break_models):
             raise

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from core.errors import BanquetError, InvalidInput, NotFound
+from core.errors import BanquetError, InvalidInput, InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from core.settings import Settings
 
 _JSON_HELP = "Print results and errors as JSON."
 
@@ -24,6 +29,17 @@ class Context:
     def __init__(self, repo: Path, as_json: bool) -> None:
         self.repo = repo
         self.as_json = as_json
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The ``BANQUET_*`` variables, read once.
+
+        Raises:
+            InvalidSetting: one is unknown or has no valid value.
+        """
+        from core.settings import load_settings
+
+        return load_settings()
 
     def say(self, message: str) -> None:
         """A line of progress, on stderr so that stdout stays the result."""
@@ -43,7 +59,7 @@ def bytes_text(count: float) -> str:
 
 
 class _Command(click.Command):
-    """A command that takes ``--json`` after its name as well as before it."""
+    """A command that takes ``--json`` after its name as well as before it, and refuses a wrong setting."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,6 +68,11 @@ class _Command(click.Command):
                 ["--json"], is_flag=True, expose_value=False, callback=_report_as_json, help=_JSON_HELP
             )
         )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # Whether the command reads them or not: a misspelt setting must not be found out in production.
+        _ = ctx.obj.settings
+        return super().invoke(ctx)
 
 
 def _report_as_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -77,6 +98,23 @@ class _Group(click.Group):
             sys.exit(2 if isinstance(error, InvalidInput | NotFound) else 1)
 
 
+class _FrontDoor(_Group):
+    """The root: tells a wrong call in JSON too, where ``--json`` stands anywhere in it."""
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if "--json" not in words:
+            return super().main(words, *others, **options)
+        try:
+            sys.exit(super().main(words, *others, **{**options, "standalone_mode": False}))
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else self.name
+            show(InvalidRequest(error.format_message(), hint=f"See `{path} --help`."), as_json=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(1)
+
+
 def show(error: BanquetError, *, as_json: bool = False) -> None:
     """Print an error with its code and the way out, on stderr."""
     if as_json:
@@ -89,7 +127,7 @@ def show(error: BanquetError, *, as_json: bool = False) -> None:
         click.echo(f"  {error.hint}", err=True)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_FrontDoor, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--repo",
     type=click.Path(file_okay=False, path_type=Path),

@@ -13,16 +13,14 @@ from cli.main import Context, main
 if TYPE_CHECKING:
     from core.registry import Change, ModelRegistry
     from core.repository import FeastRepository
-    from core.settings import Settings
     from training.trainer import TrainingReport
 
 
-def open_registry() -> ModelRegistry:
+def open_registry(ctx: Context) -> ModelRegistry:
     """The registry that the settings name."""
     from core.registry import ModelRegistry
-    from core.settings import load_settings
 
-    return ModelRegistry.of(load_settings())
+    return ModelRegistry.of(ctx.settings)
 
 
 @main.command()
@@ -35,17 +33,17 @@ def train(ctx: Context, spec: str) -> None:
     from training.trainer import train as run
 
     repository = FeastRepository.open(ctx.repo)
-    report = run(repository, open_registry(), load_spec(spec), say=ctx.say)
+    report = run(repository, open_registry(ctx), load_spec(spec), say=ctx.say)
     ctx.report(report.to_json(), _training_text(report))
 
 
-def train_unless_there(ctx: Context, repository: FeastRepository, settings: Settings, reference: str) -> str:
+def train_unless_there(ctx: Context, repository: FeastRepository, reference: str) -> str:
     """Train the spec's model where it has no champion; a line that says which version serves."""
-    from core.registry import CHAMPION, ModelRegistry
+    from core.registry import CHAMPION
     from training.spec import load_spec
 
     spec = load_spec(reference)
-    registry = ModelRegistry.of(settings)
+    registry = open_registry(ctx)
     champion = registry.aliases(spec.name).get(CHAMPION)
     if champion is not None:
         return f"{spec.name} version {champion} is the champion"
@@ -86,7 +84,7 @@ def list_models(ctx: Context) -> None:
     """Every model with its versions and aliases."""
     from core.errors import CheckFailed
 
-    registry = open_registry()
+    registry = open_registry(ctx)
     data: list[dict[str, Any]] = []
     for name in registry.models():
         found: dict[str, Any] = {"name": name, "versions": registry.versions(name), "aliases": {}}
@@ -114,7 +112,7 @@ def show(ctx: Context, reference: str) -> None:
     """
     import json
 
-    registry = open_registry()
+    registry = open_registry(ctx)
     manifest = json.loads(registry.manifest(*registry.resolve(reference)).to_json())
     if not ctx.as_json:
         manifest["golden"] = f"{len(manifest['golden'])} rows"
@@ -131,7 +129,7 @@ def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
 
     The champion before it becomes `previous`, which `rollback` brings back.
     """
-    report_change(ctx, name, open_registry().promote(name, version, why=why))
+    report_change(ctx, name, open_registry(ctx).promote(name, version, why=why))
 
 
 @models.command()
@@ -140,7 +138,7 @@ def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
 @click.pass_obj
 def rollback(ctx: Context, name: str, why: str) -> None:
     """Bring the previous champion back."""
-    report_change(ctx, name, open_registry().rollback(name, why=why))
+    report_change(ctx, name, open_registry(ctx).rollback(name, why=why))
 
 
 @models.command()
@@ -178,7 +176,7 @@ def alias(
             f"Without a champion, model {name!r} stops serving.",
             hint="If that is meant, pass --leave-no-champion; to go back to the one before, `rollback`.",
         )
-    report_change(ctx, name, open_registry().set_alias(name, alias, version, why=why))
+    report_change(ctx, name, open_registry(ctx).set_alias(name, alias, version, why=why))
 
 
 @models.command()
@@ -186,7 +184,7 @@ def alias(
 @click.pass_obj
 def history(ctx: Context, name: str) -> None:
     """What the aliases were set to, by whom, when and why."""
-    registry = open_registry()
+    registry = open_registry(ctx)
     changes = registry.history(name)
     if not changes:
         registry.require(name)
@@ -208,7 +206,7 @@ def verify(ctx: Context, reference: str | None) -> None:
     """
     from core.errors import BanquetError
 
-    registry = open_registry()
+    registry = open_registry(ctx)
     if reference:
         wanted: list[tuple[str, int | None]] = [registry.resolve(reference)]
     else:
@@ -251,7 +249,7 @@ def prune(ctx: Context, name: str, keep: int | None, older_than: str | None, dry
     from core.retention import prune as run
 
     span = None if older_than is None else duration(older_than)
-    done = run(open_registry(), name, keep=keep or 0, older_than=span, dry_run=dry_run, why=why)
+    done = run(open_registry(ctx), name, keep=keep or 0, older_than=span, dry_run=dry_run, why=why)
     would = "would be removed" if dry_run else "removed"
     lines = [f"{name}/{number}: {would}" for number in done.versions]
     lines += [f"{name}/{number}: what an interrupted step left, {would}" for number in done.leftovers]
@@ -268,7 +266,7 @@ def sign(ctx: Context, names: tuple[str, ...]) -> None:
     For what was there before BANQUET_REGISTRY_KEY was set, and for a change of keys. You vouch for what is
     unsigned: nothing says where it came from.
     """
-    registry = open_registry()
+    registry = open_registry(ctx)
     data, lines = [], []
     for name in names:
         versions, entries = registry.sign(name)
@@ -290,9 +288,8 @@ def pins(ctx: Context, references: tuple[str, ...]) -> None:
     import json
 
     from core.registry import ModelRegistry
-    from core.settings import load_settings
 
-    registry = ModelRegistry.of(load_settings().model_copy(update={"pinned_models": None}))
+    registry = ModelRegistry.of(ctx.settings.model_copy(update={"pinned_models": None}))
     if references:
         wanted = [registry.resolve(reference) for reference in references]
     else:
@@ -323,7 +320,7 @@ def export(ctx: Context, reference: str, target: str, tracking_uri: str, experim
 
     from training.mlflow_export import export as run
 
-    registry = open_registry()
+    registry = open_registry(ctx)
     name, version = registry.resolve(reference)
     done = run(registry, name, version, tracking_uri=tracking_uri, experiment=experiment or name)
     state = "is" if done.was_there else "is now"

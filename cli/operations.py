@@ -34,10 +34,9 @@ _PORT = 8000
 @click.pass_obj
 def serve(ctx: Context, host: str, port: int, workers: int) -> None:
     """Serve features and predictions over HTTP."""
-    from core.settings import load_settings
     from serving.server import serve as run
 
-    run(ctx.repo, host=host, port=port, workers=workers, settings=load_settings())
+    run(ctx.repo, host=host, port=port, workers=workers, settings=ctx.settings)
 
 
 @main.command()
@@ -50,18 +49,16 @@ def serve(ctx: Context, host: str, port: int, workers: int) -> None:
 def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None, no_serve: bool) -> None:
     """Run the main job: Redis, sources, apply, materialize, train, serve. Repeating it is safe."""
     from core.repository import FeastRepository
-    from core.settings import load_settings
     from serving.server import check_port, serve_here
 
-    settings = load_settings()
     repository = FeastRepository.open(ctx.repo)
     # Ended by a supervisor, it must still stop the Redis it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if not no_serve:
         check_port(host, port)
-    with embedded_redis(repository, settings).in_use() as redis:
+    with embedded_redis(repository, ctx.settings).in_use() as redis:
         ctx.say(f"{'Redis':<14}{_redis_line(redis)}")
-        _prepare(ctx, repository, settings, sources, spec)
+        _prepare(ctx, repository, sources, spec)
         if no_serve:
             return
         shown = f"http://{host}:{port}"
@@ -70,12 +67,10 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
             f"  curl -s {shown}/predict -H 'Content-Type: application/json' \\\n"
             f'    -d \'{{"entities": [{{"user_id": 1}}, {{"user_id": 99999999}}]}}\'\n'
         )
-        serve_here(ctx.repo, host=host, port=port, settings=settings)
+        serve_here(ctx.repo, host=host, port=port, settings=ctx.settings)
 
 
-def _prepare(
-    ctx: Context, repository: FeastRepository, settings: Settings, sources: str | None, spec: str | None
-) -> None:
+def _prepare(ctx: Context, repository: FeastRepository, sources: str | None, spec: str | None) -> None:
     from cli.features import apply_definitions, load_views
     from cli.models import train_unless_there
 
@@ -83,7 +78,7 @@ def _prepare(
         with _step(ctx, "Sources") as say:
             say(_build_sources(sources, repository.path))
     with _step(ctx, "Definitions") as say:
-        planned = apply_definitions(repository)
+        planned = apply_definitions(ctx, repository)
         say(f"{len(planned.changes)} changes applied" if planned.changes else "unchanged")
     with _step(ctx, "Online store") as say:
         report = load_views(ctx, repository)
@@ -93,7 +88,7 @@ def _prepare(
         say(f"{sum(view.written for view in report.views):,} rows written")
     if spec:
         with _step(ctx, "Model") as say:
-            say(train_unless_there(ctx, repository, settings, spec))
+            say(train_unless_there(ctx, repository, spec))
 
 
 def embedded_redis(repository: FeastRepository, settings: Settings) -> EmbeddedRedis:
@@ -200,9 +195,8 @@ def _redis_command(ctx: Context, act: Callable[[EmbeddedRedis], RedisState]) -> 
     from dataclasses import asdict
 
     from core.repository import FeastRepository
-    from core.settings import load_settings
 
-    state = act(embedded_redis(FeastRepository.open(ctx.repo), load_settings()))
+    state = act(embedded_redis(FeastRepository.open(ctx.repo), ctx.settings))
     ctx.report({**asdict(state), "running": state.running}, _redis_line(state))
 
 

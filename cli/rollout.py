@@ -63,7 +63,7 @@ def start(
     if require_labels:
         given["require_labels"] = True
     change = rollouts.start(
-        open_registry(),
+        open_registry(ctx),
         name,
         kind=kind,
         version=version,
@@ -87,7 +87,7 @@ def status(ctx: Context, name: str, watch: bool) -> None:
     from serving.conductor import look_at
 
     repository = FeastRepository.open(ctx.repo)
-    registry = open_registry()
+    registry = open_registry(ctx)
     with repository.redis.session() as client:
         while (change := registry.latest(name)) is not None and change.rollout is not None:
             sight = look_at(client, repository.project, name, change.rollout, datetime.now(tz=UTC))
@@ -106,7 +106,7 @@ def advance(ctx: Context, name: str, why: str) -> None:
     """Take the next step now; past the last one the version is promoted."""
     from core import rollouts
 
-    report_change(ctx, name, rollouts.advance(open_registry(), name, None, why=why))
+    report_change(ctx, name, rollouts.advance(open_registry(ctx), name, None, why=why))
 
 
 @rollout.command()
@@ -115,7 +115,7 @@ def advance(ctx: Context, name: str, why: str) -> None:
 @click.pass_obj
 def promote(ctx: Context, name: str, why: str) -> None:
     """Make the version on trial champion now, whatever its step."""
-    registry = open_registry()
+    registry = open_registry(ctx)
     _require(registry, name)
     report_change(ctx, name, registry.promote(name, why=why))
 
@@ -128,7 +128,7 @@ def abort(ctx: Context, name: str, why: str) -> None:
     """Give all traffic back to the champion."""
     from core import rollouts
 
-    report_change(ctx, name, rollouts.abort(open_registry(), name, None, why=why))
+    report_change(ctx, name, rollouts.abort(open_registry(ctx), name, None, why=why))
 
 
 def _percents(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:

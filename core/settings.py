@@ -24,23 +24,26 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     registry_url: str | None = Field(
-        None, description="Model registry: a folder or any fsspec URL; default <state_dir>/models."
+        None, description="Model registry: a folder or any fsspec URL; none: `models` in the state folder."
     )
     registry_key: SecretStr = Field(
         SecretStr(""),
         description="Keys that sign the registry, separated by commas, the first signs; empty: none.",
     )
     pinned_models: Path | None = Field(
-        None, description="JSON file of the only versions to load and the sha256 of their manifests."
+        None,
+        description="JSON file of the only versions to load and the sha256 of their manifests; none: any.",
     )
     allow_pickle: bool = Field(True, description="Read models whose format runs code when it is read.")
     skops_trusted: str = Field(
         "", description="Types to trust in skops files beside skops' own, separated by commas."
     )
-    state_dir: Path = Field(Path(".banquet"), description="Embedded Redis data, local model registry.")
+    state_dir: Path = Field(
+        Path(".banquet"), description="Folder of the embedded Redis and of the local model registry."
+    )
     default_model: str | None = Field(
         None,
-        description="Model (name or name@alias) of POST /predict; default: the only one with a champion.",
+        description="Model (name or name@alias) of POST /predict; none: the only one with a champion.",
     )
     features_only: bool = Field(False, description="Be ready without a model, as a feature server.")
     api_keys: str = Field("", description="Bearer keys, separated by commas; empty: no key is needed.")
@@ -71,7 +74,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds that requests in flight get to end when a worker or the server stops.",
     )
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_level: str = Field(
+        "INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        description="What a server logs: DEBUG, INFO, WARNING or ERROR.",
+    )
 
     @property
     def models_url(self) -> str:

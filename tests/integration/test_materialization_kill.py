@@ -20,7 +20,7 @@ from tests.support.children import materializing
 from tests.support.loads import NOW, USER, a_view, everything, repository, write_rows
 from tests.support.valkey import Valkey
 
-KILLS = int(os.environ.get("BANQUET_TEST_KILLS", "50"))
+KILLS = int(os.environ.get("TEST_KILLS", "50"))
 ROWS = 12_000
 CHUNK_ROWS = 300
 
@@ -76,7 +76,7 @@ def test_a_run_killed_anywhere_is_resumed_and_leaves_the_same_bytes(
     began = time.monotonic()
     complete(repo)
     whole = time.monotonic() - began
-    rng = random.Random(int(os.environ.get("BANQUET_TEST_SEED", time.time_ns())))
+    rng = random.Random(int(os.environ.get("TEST_SEED", time.time_ns())))
     interrupted = 0
     for kill in range(KILLS):
         with own_valkey.client() as client:

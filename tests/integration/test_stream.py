@@ -36,7 +36,7 @@ from tests.support.streams import (
 )
 from tests.support.valkey import Cluster, SentinelTrio, Valkey, wait_until
 
-KILLS = int(os.environ.get("BANQUET_TEST_STREAM_KILLS", "10"))
+KILLS = int(os.environ.get("TEST_STREAM_KILLS", "10"))
 NOW = datetime.now(tz=UTC).replace(microsecond=0) - timedelta(hours=5)
 QUICK: dict[str, Any] = {"append_seconds": 0.2, "report_seconds": 0.5}
 
@@ -170,7 +170,7 @@ def assert_complete(repo: FeastRepository, client: Any, source: Path, producer: 
 def test_nothing_is_lost_when_the_consumer_is_killed_again_and_again(
     server: Valkey, client: Any, repo: FeastRepository, source: Path
 ) -> None:
-    seed = int(os.environ.get("BANQUET_TEST_SEED", time.time_ns()))
+    seed = int(os.environ.get("TEST_SEED", time.time_ns()))
     rng = random.Random(seed)
     producer = Producer(server, rate=250)
     producer.start()

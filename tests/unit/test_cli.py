@@ -13,15 +13,28 @@ from click.testing import CliRunner
 from cli.main import main
 
 
-def commands(group: click.Group, *names: str) -> Iterator[tuple[str, ...]]:
+def commands(group: click.Group, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, *names, name)
         else:
-            yield (*names, name)
+            yield (*names, name), command
 
 
-@pytest.mark.parametrize("command", list(commands(main)), ids=" ".join)
+COMMANDS = dict(commands(main))
+
+
+def needed(command: click.Command) -> list[str]:
+    """Values for what the command cannot do without."""
+    words = []
+    for parameter in command.params:
+        if parameter.required:
+            value = parameter.type.choices[0] if isinstance(parameter.type, click.Choice) else "x"
+            words += [parameter.opts[0], value] if isinstance(parameter, click.Option) else [value]
+    return words
+
+
+@pytest.mark.parametrize("command", list(COMMANDS), ids=" ".join)
 def test_every_command_takes_json_after_its_name(command: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(main, [*command, "--json", "--help"])
     assert shown.exit_code == 0, shown.output
@@ -41,3 +54,39 @@ def test_an_error_of_a_command_with_json_is_json(tmp_path: Path, monkeypatch: py
     found = CliRunner().invoke(main, ["models", "history", "nobody", "--json"])
     assert found.exit_code == 2
     assert json.loads(found.stderr)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "status --json --nope",
+        "--json status --nope",
+        "--json --nope status",
+        "nothing --json",
+        "verify --sample many --json",
+        "train --json",
+        "models nothing --json",
+        "serve --port 0 --json",
+        "dataset --json",
+    ],
+)
+def test_a_wrong_call_with_json_is_told_in_json(words: str) -> None:
+    found = CliRunner().invoke(main, words.split())
+    told = json.loads(found.stderr)
+    assert (found.exit_code, told["code"], found.stdout) == (2, "invalid_request", "")
+    assert told["detail"]
+    assert "--help" in told["hint"]
+
+
+@pytest.mark.parametrize("command", list(COMMANDS), ids=" ".join)
+@pytest.mark.parametrize("setting", ["BANQUET_FOO=1", "BANQUET_MAX_ENTITIES=0"])
+def test_every_command_refuses_a_wrong_setting_before_it_does_anything(
+    command: tuple[str, ...], setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, value = setting.partition("=")
+    monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(main, [*command, "--json", *needed(COMMANDS[command])])
+    assert found.exit_code == 2
+    assert json.loads(found.stderr)["code"] == "invalid_setting"
+    assert not list(tmp_path.iterdir())

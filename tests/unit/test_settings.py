@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from core.errors import InvalidSetting
-from core.settings import Settings, load_settings
+from core.settings import PREFIX, Settings, load_settings
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 
 def test_the_environment_is_read_and_the_rest_keeps_its_default() -> None:
@@ -31,8 +34,26 @@ def test_a_value_out_of_range_names_its_variable(value: str) -> None:
         load_settings({"BANQUET_MAX_ENTITIES": value})
 
 
-def test_settings_are_frozen_and_every_one_is_described() -> None:
-    settings = Settings()
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        settings.max_entities = 3
-    assert all(field.description for field in Settings.model_fields.values() if field.annotation is not str)
+        Settings().max_entities = 3
+
+
+def test_the_page_lists_every_setting_once_with_its_default_and_meaning() -> None:
+    rows = re.findall(
+        r"^\| `(BANQUET_\w+)` \| (.+?) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    expected = {
+        (PREFIX + name.upper(), _shown(field.default), field.description)
+        for name, field in Settings.model_fields.items()
+    }
+    assert len(rows) == len(expected)
+    assert set(rows) == expected
+
+
+def _shown(default: object) -> str:
+    """As the page writes it."""
+    if default is None:
+        return "none"
+    text = default.get_secret_value() if isinstance(default, SecretStr) else str(default)
+    return f"`{text.lower() if isinstance(default, bool) else text}`" if text else "empty"
