@@ -8,7 +8,8 @@ write, goes through Feast itself (``store()``). Knows no Redis bytes and no sour
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -236,7 +237,8 @@ class FeastRepository:
 
     @cached_property
     def _store(self) -> FeatureStore:
-        from feast import FeatureStore
+        with _without_type_checks():
+            from feast import FeatureStore
         from feast.errors import FeastError
         from pydantic import ValidationError
 
@@ -291,6 +293,24 @@ class FeastRepository:
         store = self.store()
         store.refresh_registry()
         return store.registry.proto()
+
+
+@contextmanager
+def _without_type_checks() -> Iterator[None]:
+    """Let Feast's classes be defined as they are written; does nothing once Feast is imported.
+
+    Feast has typeguard recompile every method of a definition to check what a user's code passes: half of
+    the processor time of ``import feast`` (ADR 0115). Definitions from a registry were checked when they
+    were applied.
+    """
+    import typeguard
+
+    checks = typeguard.typechecked
+    setattr(typeguard, "typechecked", lambda target: target)  # noqa: B010  a plain assignment is mistyped
+    try:
+        yield
+    finally:
+        setattr(typeguard, "typechecked", checks)  # noqa: B010
 
 
 def parse_registry(registry: Any, config: Mapping[str, Any]) -> Definitions:

@@ -10,18 +10,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from core.errors import InvalidSetting
 
 PREFIX = "BANQUET_"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Every ``BANQUET_*`` variable, its type and its default."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     registry_url: str | None = Field(
         None, description="Model registry: a folder or any fsspec URL; none: `models` in the state folder."

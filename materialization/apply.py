@@ -71,6 +71,7 @@ def plan(repository: FeastRepository) -> ApplyPlan:
         InvalidRepository: a definition cannot be imported or is refused by Feast, or two features of one
             entity would share a hash field.
     """
+    # Before the store, which would import Feast without its checks of what definitions pass to it.
     from feast.repo_operations import _get_repo_contents
 
     store = repository.store()

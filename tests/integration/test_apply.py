@@ -84,3 +84,22 @@ def test_a_definition_that_fails_says_so_and_leaves_nothing_behind(repository: F
         apply.plan(repository)
     assert "definitions" not in sys.modules
     assert str(repository.path) not in sys.path
+
+
+def test_a_definition_of_the_wrong_type_is_told_by_argument_and_type(repository: FeastRepository) -> None:
+    """In a process of its own: what Feast checks is settled when it is first imported (ADR 0115)."""
+    import subprocess
+    import sys
+
+    edit(repository, "ttl=timedelta(days=30)", 'ttl="30d"')
+    code = "from cli.main import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "--repo", str(repository.path), "apply", "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert "invalid_repository" in ran.stderr
+    assert 'argument "ttl" (str)' in ran.stderr
+    assert "timedelta" in ran.stderr
