@@ -7,6 +7,7 @@ write, goes through Feast itself (``store()``). Knows no Redis bytes and no sour
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -251,14 +252,18 @@ class FeastRepository:
             ) from exc
 
     def fingerprint(self) -> object:
-        """A value that changes when the definitions may have changed; cheap for a local registry."""
+        """A value that changes when the definitions may have changed; cheap for a local registry.
+
+        Raises InvalidRepository where any other registry cannot be read.
+        """
         if self.registry_file is not None:
             try:
                 stat = self.registry_file.stat()
             except FileNotFoundError:
                 return None
             return stat.st_mtime_ns, stat.st_size, stat.st_ino
-        return self._remote_registry().version_id
+        # A database has no version of the whole; its rows have to be read to be compared.
+        return hashlib.sha256(self._remote_registry().SerializeToString(deterministic=True)).digest()
 
     def definitions(self) -> Definitions:
         """Read the registry anew.
@@ -291,8 +296,18 @@ class FeastRepository:
 
     def _remote_registry(self) -> Any:
         store = self.store()
-        store.refresh_registry()
-        return store.registry.proto()
+        from feast.infra.registry.registry import Registry
+
+        try:
+            if isinstance(store.registry, Registry):  # one object, on S3 say: it gives what it read last
+                store.refresh_registry()
+            # Any other reads anew here, and raises where it cannot; a refresh of it would fail unnoticed.
+            return store.registry.proto()
+        except Exception as exc:  # each kind of registry has errors of its own
+            raise InvalidRepository(
+                f"The Feast registry of {self.path} cannot be read ({type(exc).__name__}).",
+                hint="Check `registry` in feature_store.yaml, and that what it names answers.",
+            ) from exc
 
 
 @contextmanager
