@@ -8,7 +8,9 @@ write, goes through Feast itself (``store()``). Knows no Redis bytes and no sour
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +28,10 @@ from core.types import Dtype, Field
 if TYPE_CHECKING:
     from feast import FeatureStore
 
+logger = logging.getLogger(__name__)
+
 DUMMY_JOIN_KEY = "__dummy_id"
+_UNSET = re.compile(r"\$\{[^}]*\}?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +178,8 @@ class FeastRepository:
         """Read ``<path>/feature_store.yaml``.
 
         Raises:
-            InvalidRepository: the file is missing, is not YAML or lacks what Banquet needs.
+            InvalidRepository: the file is missing, is not YAML, lacks what Banquet needs or names an
+                environment variable that is not set.
         """
         root = Path(path).expanduser().resolve()
         file = root / "feature_store.yaml"
@@ -191,6 +197,13 @@ class FeastRepository:
             raise InvalidRepository(f"{file} is not valid YAML: {exc}.") from exc
         if not isinstance(config, dict) or not isinstance(config.get("project"), str):
             raise InvalidRepository(f"{file} names no project.", hint="Add a line `project: <name>`.")
+        for key, value in _texts(config):
+            unset = _UNSET.search(value)
+            if unset is not None:
+                raise InvalidRepository(
+                    f"{key} in {file} holds {unset[0]}, and no such environment variable is set.",
+                    hint="Export it; Feast expands no other form than $NAME and ${NAME}, and knows no defaults.",
+                )
         version = config.get("entity_key_serialization_version", 3)
         if version != 3:
             from core.layout import require_key_version
@@ -206,13 +219,7 @@ class FeastRepository:
             InvalidRepository: the online store is not Redis, or its address cannot be read.
         """
         store = self.config.get("online_store")
-        if not isinstance(store, dict) or store.get("type") != "redis":
-            found = store.get("type") if isinstance(store, dict) else store
-            raise InvalidRepository(
-                f"The online store in {self.path / 'feature_store.yaml'} is {found!r}, not redis.",
-                hint='Set `online_store: {type: redis, connection_string: "127.0.0.1:6379"}`.',
-            )
-        return RedisAddress.from_online_store(store)
+        return RedisAddress.from_online_store(store if isinstance(store, dict) else {"type": store})
 
     @cached_property
     def registry_file(self) -> Path | None:
@@ -243,6 +250,8 @@ class FeastRepository:
         from feast.errors import FeastError
         from pydantic import ValidationError
 
+        for key in _unknown_keys(self.config):
+            logger.warning("%s in %s means nothing to Feast", key, self.path / "feature_store.yaml")
         try:
             return FeatureStore(repo_path=str(self.path))
         except (FeastError, ValidationError) as exc:
@@ -326,6 +335,30 @@ def _without_type_checks() -> Iterator[None]:
         yield
     finally:
         setattr(typeguard, "typechecked", checks)  # noqa: B010
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a parsed feature_store.yaml with the dotted key it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping | list):
+        for part, nested in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(nested, f"{key}.{part}".lstrip("."))
+
+
+def _unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys that Feast takes without a word and that nothing reads: misspelt ones, most likely.
+
+    Below the stores and the engine Feast refuses them itself.
+    """
+    from feast.repo_config import RegistryConfig, RepoConfig
+
+    known = {field.alias or name for name, field in RepoConfig.model_fields.items()}
+    unknown = sorted(config.keys() - known - RepoConfig.model_fields.keys())
+    registry = config.get("registry")
+    if isinstance(registry, dict) and registry.get("registry_type", "file") == "file":
+        unknown += [f"registry.{key}" for key in sorted(registry.keys() - RegistryConfig.model_fields.keys())]
+    return unknown
 
 
 def parse_registry(registry: Any, config: Mapping[str, Any]) -> Definitions:
