@@ -202,7 +202,7 @@ class FeastRepository:
             if unset is not None:
                 raise InvalidRepository(
                     f"{key} in {file} holds {unset[0]}, and no such environment variable is set.",
-                    hint="Export it; Feast expands no other form than $NAME and ${NAME}, and knows no defaults.",
+                    hint="Export it; Feast expands $NAME and ${NAME} only, and knows no defaults.",
                 )
         version = config.get("entity_key_serialization_version", 3)
         if version != 3:

@@ -14,7 +14,7 @@ from tests.support.server import banquet
 
 
 def test_a_push_is_seen_at_once_and_one_unknown_entity_fails_no_other(valkey: Any, tmp_path: Path) -> None:
-    """Stock goes on serving the vector of before the push, and raises where one entity of several has none."""
+    """Stock goes on serving the vector from before the push, and raises where one entity has none."""
     from feast import FeatureService
 
     path = shop.write(tmp_path, valkey.connection_string, project="precomputed")
