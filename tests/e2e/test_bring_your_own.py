@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.pages import Folder, blocks
+from tests.support.waiting import PATIENCE_SECONDS
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_page_leads_from_an_empty_folder_to_predictions(tmp_path: Path) -> None:
     folder = Folder(tmp_path, "6379", "8000")
     (tmp_path / "feature_repo").mkdir()
@@ -34,7 +35,7 @@ def test_the_page_leads_from_an_empty_folder_to_predictions(tmp_path: Path) -> N
                 if server is not None and "curl" not in block.body:
                     server.send_signal(signal.SIGINT)
         assert server is not None
-        assert server.wait(20) == 0
+        assert server.wait(PATIENCE_SECONDS) == 0
     finally:
         if server is not None and server.poll() is None:
             server.kill()

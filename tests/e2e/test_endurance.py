@@ -1,22 +1,20 @@
-"""A minute of load with Redis killed in the middle: never a wrong value, and everything comes back."""
+"""Half a minute of load with Redis killed in the middle: never a wrong value, all of it comes back."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from tests.support import shop as source
 from tests.support.server import banquet_process
 from tests.support.valkey import Valkey
+from tests.support.waiting import until
 
-SECONDS = 60.0
+STRETCH_SECONDS = 7.0
 CONNECTIONS = 32
 AGES = {1: 41, 2: 52, 3: None, 4: 24, 99: None}
 
@@ -39,16 +37,13 @@ async def ask(
     return status, json.loads(await reader.readexactly(length))
 
 
-async def client(
-    number: int, port: int, until: float, seen: Counter[int], log: list[tuple[float, int]]
-) -> None:
+async def client(number: int, port: int, enough: asyncio.Event, log: list[int]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     users = list(AGES)
     users = users[number % 5 :] + users[: number % 5]
-    while time.monotonic() < until:
+    while not enough.is_set():
         status, answer = await ask(reader, writer, users)
-        seen[status] += 1
-        log.append((time.monotonic(), status))
+        log.append(status)
         if status == 200:
             assert answer["results"][1]["values"] == [AGES[user] for user in users]
         else:
@@ -58,8 +53,7 @@ async def client(
     await writer.wait_closed()
 
 
-@pytest.mark.timeout(300)
-def test_a_minute_of_load_with_redis_killed_and_restarted(shop: Path, valkey: Valkey, tmp_path: Path) -> None:
+def test_load_with_redis_killed_and_restarted(shop: Path, valkey: Valkey, tmp_path: Path) -> None:
     """On a server and a Redis of its own; the values are copied from the session's Redis."""
     with Valkey(tmp_path, "appendonly yes") as redis:
         with valkey.client() as old, redis.client() as new:
@@ -79,27 +73,26 @@ def test_a_minute_of_load_with_redis_killed_and_restarted(shop: Path, valkey: Va
 
 
 async def load(port: int, redis: Valkey, process: psutil.Process) -> None:
-    seen: Counter[int] = Counter()
-    log: list[tuple[float, int]] = []
-    started = time.monotonic()
-    clients = [asyncio.create_task(client(n, port, started + SECONDS, seen, log)) for n in range(CONNECTIONS)]
-    await asyncio.sleep(SECONDS / 4)
+    log: list[int] = []  # the status of each answer
+    enough = asyncio.Event()
+    clients = [asyncio.create_task(client(n, port, enough, log)) for n in range(CONNECTIONS)]
+    await asyncio.sleep(STRETCH_SECONDS)
     memory = [process.memory_info().rss]
-    await asyncio.sleep(SECONDS / 4)
+    await asyncio.sleep(STRETCH_SECONDS)
     redis.kill()
-    await asyncio.sleep(3)
-    redis.start()
-    back = time.monotonic()
-    await asyncio.sleep(SECONDS / 4)
+    await until(lambda: log.count(503) > 50 * CONNECTIONS, "it is missed")
+    await asyncio.to_thread(redis.start)
+    await until(lambda: log[-1] == 200, "it is found again")
+    recovered = len(log)
+    await asyncio.sleep(STRETCH_SECONDS)
     memory.append(process.memory_info().rss)
+    await asyncio.sleep(STRETCH_SECONDS)
+    enough.set()
     await asyncio.gather(*clients)
     memory.append(process.memory_info().rss)
 
-    assert set(seen) == {200, 503}
-    recovered = min(moment for moment, status in log if status == 200 and moment > back)
-    last_error = max(moment for moment, status in log if status == 503)
-    assert recovered - back < 1.0, f"recovery took {recovered - back:.2f} s"
-    assert last_error - back < 1.0, f"errors went on for {last_error - back:.2f} s"
+    assert set(log) == {200, 503}
+    assert log[recovered:].count(503) <= CONNECTIONS  # what was under way when it came back
     # The outage itself may cost buffers once; what must not be is growth that goes on.
     assert memory[2] - memory[1] < 4_000_000, f"memory keeps growing: {memory}"
     assert memory[2] - memory[0] < 16_000_000, f"memory grew: {memory}"

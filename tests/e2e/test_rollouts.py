@@ -1,6 +1,6 @@
-"""Promotions, rollouts and rollbacks under clients that never stop: who answered whom, and when.
+"""Promotions, rollouts and rollbacks under clients that never stop: who answered whom, and in which order.
 
-The machine of the tests is busy, so where a challenger is to pass, the limits of latency are wide.
+The machine of the tests is busy: nothing here is shown by how long it took.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,14 +34,12 @@ from serving.conductor import Sight, look_at
 from serving.trial_store import TrialName, read_trial
 from tests.support import trials
 from tests.support.clients import Clients, Seen
-from tests.support.trials import MODEL, Failing, Honest, Nothing, Slow, Wrong
+from tests.support.trials import ANY_LATENCY, MODEL, Failing, Honest, Nothing, Slow, Wrong
 from tests.support.valkey import Valkey
+from tests.support.waiting import PATIENCE_SECONDS, until, wait_until
 from tests.support.workers import Served, served
 
 ROOT = Path(__file__).parents[2]
-# A change is to have arrived everywhere after so long.
-ARRIVAL_SECONDS = 2.0
-WIDE = {"p99_ratio": 5.0, "p99_slack_seconds": 0.3, "p99_seconds": 5.0}
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,9 @@ class Scene:
         steps = [Step(percent, 1.0, rows) for percent in percents]
         return rollouts.start(self.registry, MODEL, version=version, steps=steps, **options)
 
-    async def until_over(self, seconds: float = 60.0) -> Change:
+    async def until_over(self) -> Change:
         """Wait until no rollout is under way; the change that ended it."""
-        await until(lambda: self.latest.rollout is None, "the rollout is over", seconds)
+        await until(lambda: self.latest.rollout is None, "the rollout is over", 3 * PATIENCE_SECONDS)
         return self.latest
 
     @property
@@ -91,6 +87,14 @@ class Scene:
         change = self.registry.latest(MODEL)
         assert change is not None
         return change
+
+    def serves(self) -> tuple[int, str | None]:
+        """The champion and the rollout of a worker of the first server."""
+        connection = self.servers[0].connection()
+        connection.request("GET", "/health")
+        model = json.loads(connection.getresponse().read())["models"][MODEL]
+        connection.close()
+        return model["version"], model["rollout"]
 
     def look(self) -> Sight:
         """What `banquet rollout status` shows."""
@@ -116,13 +120,6 @@ def environ(registry_url: str) -> dict[str, str]:
         "BANQUET_FEATURES_ONLY": "false",
         "PYTHONPATH": str(ROOT),
     }
-
-
-async def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
-        await asyncio.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -162,28 +159,27 @@ def test_promotion_canary_and_rollback_on_two_servers_of_two_workers(
         "promote",
         "rollback",
     ], history
-    _check_allowed(seen, history)
-    _check_sticky(seen, history)
+    _check_shares(_states(seen, history), history)
     # Both servers, each version, every stretch: the checks above had something to check.
     assert {(one.port, one.version) for one in seen} == {(p, v) for p in scene.ports for v in (1, 2, 3)}
 
 
 async def _moves(scene: Scene) -> list[Seen]:
     async with Clients(scene.ports, connections=3, pause_seconds=0.002) as clients:
-        await asyncio.sleep(0.5)
+        await clients.agreed(1)
         await scene.banquet("models", "promote", MODEL, "--version", "2")
+        await clients.agreed(2)
         await scene.banquet(
             *("rollout", "start", MODEL, "--version", "3", "--steps", "20,50,100", "--step-rows", "700"),
             *("--step-seconds", "3", "--limit", "score_distance=0.3"),
-            *(part for name, limit in WIDE.items() for part in ("--limit", f"{name}={limit}")),
+            *(part for name, limit in ANY_LATENCY.items() for part in ("--limit", f"{name}={limit}")),
         )
-        await scene.until_over(90)
+        await scene.until_over()
         assert scene.latest.action == "promote", scene.latest
-        await asyncio.sleep(ARRIVAL_SECONDS + 0.5)
+        await clients.agreed(3)
         await scene.banquet("models", "rollback", MODEL)
-        await asyncio.sleep(ARRIVAL_SECONDS + 1)
+        await clients.agreed(2)
     assert clients.failures == []
-    assert clients.seen[-1].version == 2
     return clients.seen
 
 
@@ -201,41 +197,43 @@ def _who(change: Change) -> Callable[[int], int]:
     return lambda user: rollout.version if split.chosen({"user_id": [user]}, 1)[0] else champion
 
 
-def _check_allowed(seen: Sequence[Seen], history: Sequence[Change]) -> None:
-    """A state may answer from when it was written until two seconds after the next one was."""
-    begins = [_moment(change) for change in history]
-    ends = [*(begin + ARRIVAL_SECONDS for begin in begins[1:]), float("inf")]
-    states = list(zip(begins, ends, map(_who, history), strict=True))
-    wrong = [
-        one
-        for one in seen
-        if one.version
-        not in {who(one.user) for begin, end, who in states if begin <= one.answered and one.asked <= end}
-    ]
-    assert not wrong, f"{len(wrong)} of {len(seen)}, such as {wrong[:3]} of {history}"
+def _states(seen: Sequence[Seen], history: Sequence[Change]) -> list[tuple[Seen, int]]:
+    """For each answer the place in the history of the earliest state that its worker can have been in.
+
+    A worker takes changes in their order, some of them together, and a connection leads to one worker: its
+    answers must be those of states that never go back, and of none that had not been written yet. That every
+    change arrives is for the caller to wait for.
+    """
+    begins, whose = [_moment(change) for change in history], [_who(change) for change in history]
+    reached: dict[int, int] = {}
+    found = []
+    for one in seen:
+        state = reached.get(one.connection, 0)
+        while state < len(history) and whose[state](one.user) != one.version:
+            state += 1
+        assert state < len(history), f"{one} is of no state from {history[reached.get(one.connection, 0)]} on"
+        assert begins[state] <= one.answered, f"{one} is of {history[state]}, which was not there yet"
+        reached[one.connection] = state
+        found.append((one, state))
+    return found
 
 
-def _check_sticky(seen: Sequence[Seen], history: Sequence[Change]) -> None:
-    """Once a step has arrived it answers a user by one version on both servers; growing steps keep users."""
+def _check_shares(states: Sequence[tuple[Seen, int]], history: Sequence[Change]) -> None:
+    """Each step of the rollout answers its share of the users by the challenger, and keeps those it had."""
     kept: set[int] = set()
-    for change, after in pairwise(history):
+    for place, change in enumerate(history):
         if change.rollout is None:
             continue
-        begin, end = _moment(change) + ARRIVAL_SECONDS, _moment(after)
-        settled = [one for one in seen if begin < one.asked and one.answered < end]
-        versions: dict[int, set[int]] = {}
-        for one in settled:
-            versions.setdefault(one.user, set()).add(one.version)
-        assert len(settled) > 200
-        assert {one.port for one in settled if one.version == change.rollout.version} == {
-            one.port for one in seen
-        }
-        assert all(len(found) == 1 for found in versions.values())
-        canary = {user for user, found in versions.items() if found == {change.rollout.version}}
-        assert kept & versions.keys() <= canary
+        settled = [one for one, state in states if state == place]
+        everybody = {one.user for one in settled}
+        canary = {one.user for one in settled if one.version == change.rollout.version}
+        assert len(everybody) > 200
+        assert kept & everybody <= canary
         kept |= canary
-        share = len(canary) / len(versions)
-        assert share == pytest.approx(change.rollout.step.percent / 100, abs=0.08)
+        expected = change.rollout.step.percent / 100
+        # Five standard deviations, and the answers by which a state may be taken for the one before.
+        tolerance = 5 * (expected * (1 - expected) / len(everybody)) ** 0.5 + 0.05
+        assert len(canary) / len(everybody) == pytest.approx(expected, abs=tolerance)
 
 
 # Challengers that misbehave, on one server
@@ -259,8 +257,7 @@ def one(single: Scene) -> Scene:
         rollouts.abort(single.registry, MODEL, None)
     if single.latest.aliases[CHAMPION] != 1:
         single.registry.promote(MODEL, 1)
-    age_seconds = (datetime.now(tz=UTC) - single.latest.when).total_seconds()
-    time.sleep(max(0.0, ARRIVAL_SECONDS - age_seconds))
+    wait_until(lambda: single.serves() == (1, None), "version 1 serves alone")
     return single
 
 
@@ -273,20 +270,23 @@ def one(single: Scene) -> Scene:
         (WRONG, "abort", "Distance of the scores"),
         (NOTHING, "abort", "stops a trial at once"),
     ],
-    ids=["identical", "5 % errors", "50 ms late", "wrong", "NaN"],
+    ids=["identical", "5 % errors", "200 ms late", "wrong", "NaN"],
 )
 def test_a_canary_ends_as_its_challenger_deserves(one: Scene, version: int, action: str, why: str) -> None:
     """Prints in how many requests: docs/rollouts.md has those of a run."""
-    limits = {**WIDE, "score_distance": 0.2} if version == IDENTICAL else {}
+    limits: dict[str, float] = {"p99_seconds": 15.0} if version == SLOW else ANY_LATENCY
+    if version == IDENTICAL:
+        limits = {**limits, "score_distance": 0.2}
+    rows = 300 if version == SLOW else 900
 
     async def run() -> tuple[Change, Clients, str]:
         async with Clients(one.ports, connections=12) as clients:
-            await asyncio.sleep(0.3)
-            started = one.start(version, [50, 100], kind="canary", limits=limits, rows=900)
-            ended = await one.until_over(120)
-            await asyncio.sleep(ARRIVAL_SECONDS)
+            await clients.agreed(1)
+            started = one.start(version, [50, 100], kind="canary", limits=limits, rows=rows)
+            ended = await one.until_over()
+            await clients.agreed(version if action == "promote" else 1)
             arrived = time.monotonic()
-            await asyncio.sleep(0.3)
+            await clients.agreed(version if action == "promote" else 1)
         assert started.rollout is not None
         left = {seen.version for seen in clients.seen if seen.asked > arrived}
         assert left == ({version} if action == "promote" else {1})
@@ -296,28 +296,19 @@ def test_a_canary_ends_as_its_challenger_deserves(one: Scene, version: int, acti
     assert (ended.action, ended.who) == (action, "judge"), ended
     assert why in ended.why
     assert clients.failures == []
-    rows = one.rows(trial_id, 2)
-    print(f"{type(CHAMPIONS[version - 1]).__name__}: {action} after {rows}; {ended.why}")
+    seen = one.rows(trial_id, 2)
+    print(f"{type(CHAMPIONS[version - 1]).__name__}: {action} after {seen}; {ended.why}")
     if action == "promote":
         assert ended.aliases[CHAMPION] == version
     else:
         assert ended.aliases[CHAMPION] == 1
 
 
-def version_now(scene: Scene) -> int:
-    """The version that answers a user of no importance."""
-    connection = scene.servers[0].connection()
-    body = json.dumps({"entities": [{"user_id": 1}]})
-    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
-    return int(answer["model_version"])
-
-
 def test_without_traffic_a_rollout_waits(one: Scene) -> None:
     async def run() -> None:
         one.start(WRONG, [50, 100], kind="canary")
-        await asyncio.sleep(4)
+        await until(lambda: one.serves()[1] is not None, "the rollout has begun")
+        await asyncio.sleep(3)  # as many turns of the judge
         told = await one.banquet("rollout", "status", MODEL)
         assert "judge     waits for 400 rows of the challenger" in told
         assert one.latest.action == "start canary"
@@ -335,12 +326,12 @@ def test_without_traffic_a_rollout_waits(one: Scene) -> None:
         (WRONG, "abort", 0.0),
         (NOTHING, "abort", 0.0),
     ],
-    ids=["identical", "50 ms late", "5 % errors", "wrong", "NaN"],
+    ids=["identical", "200 ms late", "5 % errors", "wrong", "NaN"],
 )
 def test_a_shadow_ends_as_its_challenger_deserves_and_no_client_notices(
     one: Scene, version: int, action: str, agreement: float
 ) -> None:
-    """The champion answers all, a challenger that takes 50 ms delays nobody by as much, and it stays."""
+    """The champion answers all, a challenger that takes 200 ms delays nobody by as much, and it stays."""
 
     async def run() -> tuple[Clients, Sight, Change]:
         async with Clients(one.ports, connections=6) as clients:
@@ -357,13 +348,13 @@ def test_a_shadow_ends_as_its_challenger_deserves_and_no_client_notices(
     clients, sight, ended = asyncio.run(run())
     assert (ended.action, ended.who) == (action, "judge"), ended
     assert ended.aliases[CHAMPION] == 1
-    assert sight.compared.agreement == pytest.approx(agreement, abs=0.04)
+    assert sight.compared.agreement == pytest.approx(agreement, abs=0.06)
     assert (sight.compared.largest > 0.1) is (version == WRONG)
     assert f"{sight.compared.agreement:.2%} of them alike" in _status_text(sight)
     assert clients.failures == []
     assert {(seen.version, seen.variant) for seen in clients.seen} == {(1, "champion")}
     assert all("error" not in seen.row for seen in clients.seen)
-    assert median(seen.answered - seen.asked for seen in clients.seen) < 0.05
+    assert median(seen.answered - seen.asked for seen in clients.seen) < 0.2
 
 
 def test_a_damaged_challenger_ends_its_rollout_with_the_reason(one: Scene) -> None:
@@ -373,8 +364,8 @@ def test_a_damaged_challenger_ends_its_rollout_with_the_reason(one: Scene) -> No
     async def run() -> Clients:
         async with Clients(one.ports, connections=2) as clients:
             one.start(version, [50, 100], kind="canary", automatic=False)
-            await one.until_over(10)
-            await asyncio.sleep(0.3)
+            await one.until_over()
+            await clients.agreed(1)
         return clients
 
     clients = asyncio.run(run())
@@ -444,55 +435,49 @@ def test_commands_killed_anywhere_leave_a_whole_history_and_a_server_that_answer
 
     clients = asyncio.run(run())
     assert clients.failures == []
-    _check_allowed(clients.seen, one.registry.history(MODEL))
+    _states(clients.seen, one.registry.history(MODEL))
 
 
-def test_a_worker_killed_in_a_canary_costs_a_second_of_its_statistics(
+def test_a_worker_killed_in_a_canary_costs_what_it_had_not_written_yet(
     repo: FeastRepository, tmp_path: Path
 ) -> None:
-    """Its connections break, the other worker and the successor go on with the same split."""
+    """Its connections break, the other worker and the successor go on with the same split and statistics."""
     registry = registry_at(tmp_path, repo, Honest(), Honest())
-    rng = random.Random(3)
+    steps = [Step(50, 1.0, 400), Step(100, 1.0, 400)]
+    # Before the server, so that every answer is one of the rollout's.
+    rollout = rollouts.start(registry, MODEL, kind="canary", version=2, steps=steps, automatic=False).rollout
+    assert rollout is not None
     with served(repo.path, 2, environ(registry.url)) as server:
         scene = Scene(repo, registry, [server])
 
-        def successor(before: set[int]) -> bool:
-            return len(server.workers() - before) == 1
+        def written() -> int:
+            return scene.rows(rollout.id, 1).total()
 
-        async def run() -> tuple[Clients, list[float]]:
-            rollout = scene.start(2, [50, 100], kind="canary", automatic=False).rollout
-            assert rollout is not None
-            await asyncio.sleep(ARRIVAL_SECONDS)
-            kills = []
+        async def run() -> tuple[Clients, float, float]:
             async with Clients(scene.ports, connections=6, pause_seconds=0.005) as clients:
-                for _ in range(2):
-                    await asyncio.sleep(1 + rng.random())
-                    before = server.workers()
-                    os.kill(rng.choice(sorted(before)), signal.SIGKILL)
-                    kills.append(time.monotonic())
-                    await until(partial(successor, before), "there is another")
+                await until(lambda: written() > 200, "there are statistics")
+                await asyncio.sleep(random.Random(3).random())
+                before, kept = server.workers(), written()
+                os.kill(min(before), signal.SIGKILL)
+                killed = time.monotonic()
+                at_risk = len(clients.seen) + clients.connections - kept
+                await until(lambda: len(server.workers() - before) == 1, "there is another")
                 answered = len(clients.seen)
                 await until(lambda: len(clients.seen) > answered + 500, "the service goes on")
-            found: list[int] = []
-
-            def settled() -> bool:
-                found.append(scene.rows(rollout.id, 1).total())
-                return len(found) > 20 and len(set(found[-20:])) == 1
-
-            await until(settled, "everything is written")
-            lost = len(clients.seen) - found[-1]
-            recent = sum(any(0 <= kill - one.answered < 1.5 for kill in kills) for one in clients.seen)
-            assert -len(clients.failures) <= lost <= recent
+                recovered = time.monotonic()
+            await until(lambda: written() >= len(clients.seen) - at_risk, "the others' rows are written")
+            # An answer may have been noted and then lost with its connection.
+            assert written() <= len(clients.seen) + len(clients.failures)
             rollouts.advance(registry, MODEL, None)
             rollouts.advance(registry, MODEL, None)
-            return clients, kills
+            return clients, killed, recovered
 
-        clients, kills = asyncio.run(run())
+        clients, killed, recovered = asyncio.run(run())
         # A client has one request in flight, then a connection to make.
         assert len(clients.failures) <= 6 * 2, clients.failures
-        assert all(any(0 <= moment - kill < 1 for kill in kills) for moment, _ in clients.failures)
-        _check_allowed(clients.seen, registry.history(MODEL))
-        asyncio.run(until(lambda: version_now(scene) == 2, "the promotion has arrived", ARRIVAL_SECONDS))
+        assert all(killed <= moment <= recovered for moment, _ in clients.failures), clients.failures
+        _states(clients.seen, registry.history(MODEL))
+        wait_until(lambda: scene.serves() == (2, None), "the promotion has arrived")
 
 
 def test_a_canary_waits_while_redis_is_away_and_goes_on(tmp_path: Path) -> None:
@@ -504,14 +489,16 @@ def test_a_canary_waits_while_redis_is_away_and_goes_on(tmp_path: Path) -> None:
 
             async def run() -> tuple[Clients, float, float]:
                 async with Clients(scene.ports, connections=4, pause_seconds=0.002) as clients:
-                    limits = {**WIDE, "score_distance": 0.3, "critical_error_rate": 0.5}
+                    limits = {**ANY_LATENCY, "score_distance": 0.3, "critical_error_rate": 0.5}
                     scene.start(2, [50, 100], kind="canary", limits=limits, rows=700)
                     await until(lambda: scene.look().challenger.rows > 100, "there are statistics")
                     redis.kill()
                     away = time.monotonic()
                     await asyncio.sleep(2)
                     assert scene.latest.action == "start canary"
-                    redis.start()
+                    await asyncio.to_thread(redis.start)
+                    answered = len(clients.seen)
+                    await until(lambda: len(clients.seen) > answered + 100, "the service goes on")
                     back = time.monotonic()
                     ended = await scene.until_over()
                 assert (ended.action, ended.who) == ("promote", "judge"), ended
@@ -520,4 +507,4 @@ def test_a_canary_waits_while_redis_is_away_and_goes_on(tmp_path: Path) -> None:
             clients, away, back = asyncio.run(run())
     assert clients.failures
     assert all(text.startswith("503") and "redis_unavailable" in text for _, text in clients.failures)
-    assert all(away <= moment < back + 1 for moment, _ in clients.failures)
+    assert all(away <= moment <= back for moment, _ in clients.failures)

@@ -17,9 +17,10 @@ from tests.support.clients import Clients
 from tests.support.pages import Block, Folder, check_output, commands
 from tests.support.trials import MODEL, Honest, Wrong
 from tests.support.valkey import Valkey
+from tests.support.waiting import PATIENCE_SECONDS
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_runbook_does_what_it_says_and_no_request_fails(valkey: Valkey, tmp_path: Path) -> None:
     repo = trials.scene(tmp_path / "feature_repo", valkey.address(), "runbook")
     registry = ModelRegistry(str(tmp_path / ".banquet" / "models"))
@@ -36,7 +37,7 @@ def test_the_runbook_does_what_it_says_and_no_request_fails(valkey: Valkey, tmp_
         for server in servers:
             server.send_signal(signal.SIGTERM)
         for server in servers:
-            server.wait(30)
+            server.wait(PATIENCE_SECONDS)
     assert clients.failures == []
     # Version 3 was champion for as long as two commands take, which may be less than a server's look.
     assert {seen.version for seen in clients.seen} - {3} == {1, 2, 5}

@@ -311,7 +311,7 @@ def test_a_writer_that_races_with_clean_loses_no_row(shop: FeastRepository) -> N
     writer = threading.Thread(target=renew)
     writer.start()
     try:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
             Slow(shop, False, timedelta(0), QUICK, False, None).run()
     finally:
@@ -343,16 +343,17 @@ def test_a_killed_clean_is_finished_by_the_next(shop: FeastRepository) -> None:
         "import sys; from pathlib import Path; from core.repository import FeastRepository;"
         "from materialization.clean import clean;"
         "clean(FeastRepository.open(Path(sys.argv[1])), keys_per_second=20_000,"
-        " observe=lambda p: print(p.fields, flush=True))"
+        " observe=lambda p: p.fields and (print(p.fields, flush=True), sys.stdin.read()))"
     )
     command = [sys.executable, "-c", script, str(shop.path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
-    while int(process.stdout.readline()) == 0:
-        pass
+    assert process.stdin is not None
+    assert int(process.stdout.readline())  # it has removed some, and waits
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
+    process.stdin.close()
     rows = sum(layout.timestamp_field("behavior") in fields for fields in contents(shop).values())
     assert 0 < rows < 20_000
     report = run(shop)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,8 @@ import pytest
 from core.embedded import EmbeddedRedis, probe
 from core.errors import Conflict, NotRedis, RedisAccessDenied, RedisUnavailable
 from core.redis import RedisAddress
-from tests.support.valkey import Valkey, free_port, wait_until
+from tests.support.valkey import Valkey, free_port
+from tests.support.waiting import wait_until
 
 
 def address(port: int, host: str = "127.0.0.1", **options: Any) -> RedisAddress:
@@ -72,10 +72,12 @@ def test_data_survives_a_kill(embedded: EmbeddedRedis) -> None:
     state = embedded.start()
     with embedded.address.session() as client:
         client.set("key", "value")
-    time.sleep(1.2)  # flushed every second
+    appended = embedded.directory / "appendonlydir"
+    wait_until(lambda: any(b"value" in file.read_bytes() for file in appended.iterdir()), "it is in the file")
     assert state.process_id
     os.kill(state.process_id, signal.SIGKILL)
-    wait_until(lambda: not embedded.status().running, "it is gone")
+    os.waitpid(state.process_id, 0)
+    assert not embedded.status().running
     assert not embedded.stop()
     assert embedded.start().started
     with embedded.address.session() as client:

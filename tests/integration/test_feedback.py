@@ -19,6 +19,7 @@ from tests.support import trials
 from tests.support.clients import Clients, post
 from tests.support.server import banquet
 from tests.support.trials import MODEL, Honest, Inverted
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 Scene = tuple[ModelRegistry, httpx.Client]
 
@@ -35,20 +36,13 @@ def scene(valkey: Any, tmp_path: Path) -> Iterator[Scene]:
         yield registry, client
 
 
-def wait(holds: Any, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_labels_abort_a_challenger_that_only_they_tell_from_the_champion(scene: Scene) -> None:
     """Its scores are distributed as the champion's; they are only those of the wrong users."""
     registry, client = scene
     steps = [Step(50, 1, 300), Step(100, 1, 300)]
-    limits = {"require_labels": True, "min_labels": 300}
+    limits = {"require_labels": True, "min_labels": 300, **trials.ANY_LATENCY}
     rollouts.start(registry, MODEL, kind="canary", version=2, steps=steps, limits=limits)
-    wait(lambda: client.get("/health").json()["models"][MODEL]["rollout"])
+    wait_until(lambda: trials.under_way(client), "the rollout has arrived")
     port = client.base_url.port
     assert port is not None
 
@@ -69,7 +63,7 @@ def test_labels_abort_a_challenger_that_only_they_tell_from_the_champion(scene: 
             writer.close()
             assert not clients.failures
 
-    asyncio.run(asyncio.wait_for(predict_and_tell(), 60))
+    asyncio.run(asyncio.wait_for(predict_and_tell(), 3 * PATIENCE_SECONDS))
     last = registry.latest(MODEL)
     assert last is not None
     assert (last.action, last.who) == ("abort", "judge")
@@ -87,10 +81,19 @@ def test_a_label_counts_once_and_only_while_a_rollout_is_under_way(scene: Scene)
         "counted": 0,
     }
     rollouts.start(registry, MODEL, kind="canary", version=2, automatic=False)
-    wait(lambda: client.get("/health").json()["models"][MODEL]["rollout"])
+    wait_until(lambda: trials.under_way(client), "the rollout has arrived")
     answer = client.post("/predict", json={"entities": {"user_id": [1, 2, 3]}}).json()
     about = {"request_id": answer["request_id"], "labels": [1, None, 0]}
-    wait(lambda: client.post("/feedback", json=about).json()["counted"] == 2)
+    counted = 0
+
+    def both() -> bool:
+        """Those of either variant are written when they are."""
+        nonlocal counted
+        counted += client.post("/feedback", json=about).json()["counted"]
+        return counted >= 2
+
+    wait_until(both, "labels count")
+    assert counted == 2
     assert client.post("/feedback", json=about).json()["counted"] == 0
     late = {**about, "labels": [None, 1]}
     assert client.post("/feedback", json=late).json() == {

@@ -266,9 +266,9 @@ def test_a_view_that_another_run_holds_is_waited_for_or_left(repo: FeastReposito
             assert "process" in str(report.error)
         with ledger.lease():
             release = threading.Timer(0.5, client.delete, [ledger.lease_key])
-            release.start()
             began = time.monotonic()
-            assert load(repo, wait_seconds=20).written == 3
+            release.start()
+            assert load(repo, wait_seconds=60).written == 3
             assert time.monotonic() - began > 0.3
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -63,7 +62,6 @@ print("RESULT" + json.dumps({
 """
 
 
-@pytest.mark.timeout(300)
 def test_a_version_in_mlflow_predicts_what_it_does_here(tmp_path: Path) -> None:
     """Exported twice it is there once, with metrics, origin, aliases and predictions; from both formats."""
     registry = ModelRegistry(str(tmp_path / "models"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from core.errors import BanquetError, RedisAccessDenied, RedisUnavailable
 from core.redis import RedisAddress
 from core.redis_connection import HashFields, HashReader, open_connection
-from tests.support.valkey import SentinelTrio, Valkey, fill, wait_until
+from tests.support.valkey import SentinelTrio, Valkey, fill
+from tests.support.waiting import until, wait_until
 
 FIELDS = HashFields([b"value"])
 KEYS = [b"entity:%03d" % index for index in range(200)]
@@ -39,6 +39,11 @@ class Callers:
                 names = {key + b"/value": "before", b"after": "after"}
                 self.seen[names.get(value or b"", "wrong")] += 1
 
+    async def until_more(self, what: str) -> None:
+        """Wait until every caller has seen it again, some of them many times."""
+        enough = self.seen[what] + 100
+        await until(lambda: self.seen[what] > enough, f"there is more from {what}")
+
     async def stop(self) -> None:
         self._stop.set()
         await asyncio.gather(*self._tasks)
@@ -51,11 +56,11 @@ def test_a_failover_costs_errors_only_while_there_is_no_master(tmp_path: Path) -
     """
 
     async def scenario(trio: SentinelTrio) -> None:
-        quick = open_connection(trio.address(), timeout_seconds=0.3)
+        quick = open_connection(trio.address(), timeout_seconds=1.0)
         patient = open_connection(trio.address(), timeout_seconds=None)
         await asyncio.gather(quick.connect(), patient.connect())
         crowd = [Callers(quick), Callers(patient)]
-        await asyncio.sleep(0.2)
+        await until(lambda: all(c.seen["before"] > 50 for c in crowd), "everybody reads")
         tasks = len(asyncio.all_tasks())
 
         old = trio.master
@@ -63,17 +68,14 @@ def test_a_failover_costs_errors_only_while_there_is_no_master(tmp_path: Path) -
         await asyncio.to_thread(wait_until, lambda: trio.master is not old, "the replica is promoted")
         new = trio.master
         await asyncio.to_thread(wait_until, lambda: _is_master(new), "it is the master itself")
-        promoted = time.monotonic()
-        before = [callers.seen["before"] for callers in crowd]
-        async with asyncio.timeout(5):
-            while any(c.seen["before"] == n for c, n in zip(crowd, before, strict=True)):
-                await asyncio.sleep(0.005)
-        assert time.monotonic() - promoted < 2.5  # 1 s until the Sentinels are asked, as much to be noticed
+        for callers in crowd:
+            await callers.until_more("before")
 
         with new.client() as client:
             for key in KEYS:
                 client.hset(key, "value", b"after")
-        await asyncio.sleep(0.05)
+        for callers in crowd:  # what was on its way has arrived
+            await callers.until_more("after")
         before = [callers.seen["before"] for callers in crowd]
         old.resume()
         await asyncio.sleep(1.0)
@@ -115,10 +117,8 @@ async def _refusals(trio: SentinelTrio) -> None:
 def test_sentinels_that_are_away_or_know_no_such_master_are_named(tmp_path: Path) -> None:
     async def scenario(address: RedisAddress, words: str) -> None:
         connection = open_connection(address)
-        started = time.monotonic()
         with pytest.raises(RedisUnavailable, match=words):
             await connection.connect()
-        assert time.monotonic() - started < 2
         await connection.close()
 
     sentinel = Valkey(tmp_path, sentinel=True)

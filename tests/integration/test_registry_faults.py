@@ -18,6 +18,7 @@ import pytest
 
 from core.errors import ModelNotFound
 from core.registry import CHAMPION, PREVIOUS, ModelRegistry
+from tests.support.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +65,7 @@ def started(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 def test_writers_at_once_get_versions_of_their_own(tmp_path: Path) -> None:
     url = str(tmp_path / "models")
     with started(_REGISTER, url, "15") as one, started(_REGISTER, url, "15") as two:
-        outputs = [process.communicate(timeout=60)[0] for process in (one, two)]
+        outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in (one, two)]
     mine, theirs = ({int(line) for line in output.split()} for output in outputs)
     assert len(mine) == len(theirs) == 15
     assert mine.isdisjoint(theirs)
@@ -74,7 +75,6 @@ def test_writers_at_once_get_versions_of_their_own(tmp_path: Path) -> None:
         registry.verify("churn", version)
 
 
-@pytest.mark.timeout(180)
 def test_a_killed_registration_is_never_visible(tmp_path: Path) -> None:
     """Killed at random moments: whatever has a manifest is whole, and the next writer is not hindered."""
     url = str(tmp_path / "models")
@@ -86,7 +86,7 @@ def test_a_killed_registration_is_never_visible(tmp_path: Path) -> None:
             reported.add(int(process.stdout.readline()))
             time.sleep(rng.uniform(0.0, 0.05))
             process.send_signal(signal.SIGKILL)
-            rest, _ = process.communicate(timeout=20)
+            rest, _ = process.communicate(timeout=PATIENCE_SECONDS)
             reported |= {int(line) for line in rest.split("\n")[:-1]}
         for version in registry.versions("churn"):
             registry.verify("churn", version)
@@ -101,7 +101,7 @@ def test_promotions_at_once_and_a_kill_leave_aliases_that_agree_with_history(tmp
     url = str(tmp_path / "models")
     registry = ModelRegistry(url)
     with started(_REGISTER, url, "2") as process:
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_SECONDS)
     with started(_PROMOTE, url, "60", "one") as one, started(_PROMOTE, url, "60", "two") as two:
         seen = []
         while one.poll() is None or two.poll() is None:

@@ -17,7 +17,7 @@ from core.settings import Settings
 from materialization import apply
 from tests.support import shop
 from tests.support.server import banquet
-from tests.support.valkey import wait_until
+from tests.support.waiting import wait_until
 
 
 def repository(path: Path, redis: str, kind: str) -> FeastRepository:

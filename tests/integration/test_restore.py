@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import core.write
 from core import layout
 from core.errors import LeaseLost, RedisReplyError
 from core.layout_rows import EncodedRows
@@ -19,6 +20,7 @@ from core.repository import Feature, View
 from core.types import Dtype, Field
 from core.write import Fence, OnlineWriter, WriteResult, created_times_key, encode_rows
 from tests.support.valkey import SentinelTrio, Valkey
+from tests.support.waiting import PATIENCE_SECONDS
 
 SECOND = 1_000_000_000
 NOW = 1_760_000_000 * SECOND
@@ -294,7 +296,7 @@ def test_writers_that_race_for_new_keys_leave_the_newest_row(server: Valkey, dat
         with OnlineWriter(server.address(), "shop") as writer:
             for number, version in enumerate(mine):
                 batch = rows(range(number * users, (number + 1) * users), version)
-                start.wait(30)
+                start.wait(PATIENCE_SECONDS)
                 write(writer, batch, dated=dated)
 
     def script(mine: Sequence[int]) -> None:
@@ -302,7 +304,7 @@ def test_writers_that_race_for_new_keys_leave_the_newest_row(server: Valkey, dat
             for number, version in enumerate(mine):
                 begin = number * users
                 parts = [rows(range(begin + at, begin + at + 30), version) for at in range(0, users, 30)]
-                start.wait(30)
+                start.wait(PATIENCE_SECONDS)
                 for part in parts:
                     plain = EncodedRows(part.rows, part.key, part.fields, part.field_count, part.event_ns)
                     writer.write("behavior", plain, created_ns=[5] * len(plain) if dated else None)
@@ -320,7 +322,7 @@ def test_writers_that_race_for_new_keys_leave_the_newest_row(server: Valkey, dat
             for number in range(rounds):
                 order = list(range(number * users, (number + 1) * users))
                 rng.shuffle(order)
-                start.wait(30)
+                start.wait(PATIENCE_SECONDS)
                 for user in order[: users // 2]:
                     client.hset(key_of(user), mapping=mapping)
 
@@ -342,6 +344,8 @@ def test_writers_that_race_for_new_keys_leave_the_newest_row(server: Valkey, dat
 
 def test_restored_rows_survive_a_failover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.restore.LEAST_ROWS", 1)
+    # As long as a failover takes on a slow machine.
+    monkeypatch.setattr("core.write.RETRY_DELAYS_SECONDS", (*core.write.RETRY_DELAYS_SECONDS, *[1.0] * 60))
     with SentinelTrio(tmp_path) as trio, OnlineWriter(trio.address(), "shop") as writer:
         write(writer, rows(range(300), 1))
         trio.master.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import core.write
 from core import layout
 from core.errors import LeaseLost, RedisAccessDenied, RedisReplyError, RedisUnavailable
 from core.layout_rows import EncodedRows
@@ -244,6 +245,13 @@ def test_a_wrong_password_is_refused_at_once(tmp_path: Path) -> None:
             writer.write("behavior", rows([1], [1.0], [NOW]))
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that waits for as long as a server takes to come back on a slow machine."""
+    monkeypatch.setattr("core.write.RETRY_DELAYS_SECONDS", (*core.write.RETRY_DELAYS_SECONDS, *[1.0] * 60))
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
     with Valkey(tmp_path) as server, OnlineWriter(server.address(), "shop") as writer:
         writer.write("behavior", rows([1], [1.0], [NOW]))
@@ -262,6 +270,7 @@ def test_a_server_that_stays_away_is_unavailable(tmp_path: Path, monkeypatch: py
     assert caught.value.details["rows_written"] == 0
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_sentinel_failover_in_the_middle_is_survived(tmp_path: Path) -> None:
     with SentinelTrio(tmp_path) as trio, OnlineWriter(trio.address(), "shop") as writer:
         writer.write("behavior", rows(range(100), [1.0] * 100, [NOW] * 100), distinct=True)

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.support.waiting import until
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One prediction: when it was asked for and answered (monotonic seconds), by which version, for whom."""
+    """One prediction: when it was asked for and answered (monotonic seconds), by which version, for whom.
+
+    ``connection`` numbers the connection that it came on, whose other end is one worker.
+    """
 
     asked: float
     answered: float
@@ -23,6 +28,7 @@ class Seen:
     request_id: str
     row: dict[str, Any]
     port: int
+    connection: int
 
 
 @dataclass
@@ -40,6 +46,7 @@ class Clients:
     seen: list[Seen] = field(default_factory=list)
     failures: list[tuple[float, str]] = field(default_factory=list)
     _stop: bool = False
+    _connections: int = 0
 
     async def __aenter__(self) -> Clients:
         self._tasks = [
@@ -65,6 +72,8 @@ class Clients:
         """Ask over one connection for as long as it stays open."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         keep = True
+        self._connections += 1
+        number = self._connections
         try:
             while keep and not self._stop:
                 user = rng.randrange(self.users)
@@ -87,12 +96,26 @@ class Clients:
                             answer["request_id"],
                             row,
                             port,
+                            number,
                         )
                     )
                 if self.pause_seconds:
                     await asyncio.sleep(self.pause_seconds)
         finally:
             writer.close()
+
+    async def agreed(self, version: int, answers: int = 100) -> None:
+        """Wait until so many answers in a row are of one version, wherever they come from.
+
+        Of the answers between the first and the last of those, none was of another.
+        """
+        begin = len(self.seen)
+
+        def only() -> bool:
+            last = self.seen[max(begin, len(self.seen) - answers) :]
+            return len(last) == answers and {one.version for one in last} == {version}
+
+        await until(only, f"version {version} answers everybody")
 
     def _fail(self, what: str) -> None:
         self.failures.append((time.monotonic(), what))

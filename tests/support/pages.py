@@ -10,13 +10,14 @@ import os
 import re
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from tests.support.valkey import free_port
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(
@@ -94,7 +95,7 @@ class Folder:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if with_errors else subprocess.PIPE,
             text=True,
-            timeout=240,
+            timeout=500,
         )
         assert done.returncode == 0, f"{body}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -104,12 +105,12 @@ class Folder:
         command = self.text(body).strip()
         port = command.partition("--port ")[2].split()[0]
         process = subprocess.Popen(["bash", "-c", f"exec env {command}"], cwd=self.path, env=self.env)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2):
-                    return process
-            except OSError:
-                assert process.poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server is not ready after 60 s"
-                time.sleep(0.1)
+
+        def ready() -> bool:
+            assert process.poll() is None, "the server ended"
+            return (
+                httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10, trust_env=False).status_code == 200
+            )
+
+        wait_until(ready, "the server is ready", pause_seconds=0.1)
+        return process

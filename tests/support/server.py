@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import uvicorn
 
 from core.settings import Settings
 from tests.support.valkey import free_port
-
-START_TIMEOUT_SECONDS = 60.0
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 
 @contextmanager
@@ -35,12 +33,12 @@ def banquet(repo: Path, settings: Settings | None = None) -> Iterator[httpx.Clie
     thread = threading.Thread(target=server.run, name="banquet-server")
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             _wait(client, "/livez", thread.is_alive)
             yield client
     finally:
         server.handle_exit(signal.SIGTERM, None)
-        thread.join(timeout=30)
+        thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive(), "the server did not stop"
 
 
@@ -96,7 +94,8 @@ def _process(
             _wait(client, path, lambda: process.poll() is None)
             yield client
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -104,16 +103,10 @@ def _process(
             process.wait()
 
 
-def _wait(client: httpx.Client, path: str, alive: Any) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while True:
-        try:
-            if client.get(path).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+def _wait(client: httpx.Client, path: str, alive: Callable[[], bool]) -> None:
+    def answers() -> bool:
         if not alive():
             raise RuntimeError("the server ended before it answered")
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{client.base_url}{path} did not answer in {START_TIMEOUT_SECONDS} s")
-        time.sleep(0.05)
+        return client.get(path).status_code == 200
+
+    wait_until(answers, f"{client.base_url}{path} answers", pause_seconds=0.05)

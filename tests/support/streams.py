@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,9 +18,10 @@ from feast.types import Float64, Int64
 
 from core.repository import FeastRepository
 from materialization.stream_group import default_stream
-from tests.support.children import context
+from tests.support.children import context, wait_halted
 from tests.support.loads import USER, repository
 from tests.support.valkey import Valkey
+from tests.support.waiting import PATIENCE_SECONDS
 
 STREAM = default_stream("shop")
 DEAD = f"{{{STREAM}}}:dead"
@@ -111,10 +113,19 @@ class Consumer:
         self.process.kill()
         self.process.join()
 
+    def halted(self, holds: Callable[[], bool]) -> bool:
+        """Suspend it and look whether something holds then; where it does not, it goes on."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        wait_halted(self.process)
+        if found := holds():
+            return found
+        os.kill(self.process.pid, signal.SIGCONT)
+        return False
+
     def stop(self) -> dict[str, Any]:
         """End it with SIGTERM; its final report."""
         self.process.terminate()
-        self.process.join(30)
+        self.process.join(PATIENCE_SECONDS)
         assert self.process.exitcode == 0, self.process.exitcode
         report: dict[str, Any] = self._answers.get()
         return report

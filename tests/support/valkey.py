@@ -15,8 +15,7 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,31 +25,23 @@ import redis
 
 from core.embedded import server_binary
 from core.redis import RedisAddress
+from tests.support.waiting import wait_until
 
-START_TIMEOUT_SECONDS = 20.0
+_given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nobody listened on a moment ago, below the range of outgoing connections."""
+    """A port that nobody listened on a moment ago, below the range of outgoing connections.
+
+    Given once in a process: a cluster asks for twelve before any of them is in use.
+    """
     while True:
         port = 12000 + int.from_bytes(os.urandom(2), "big") % 19000
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
-
-
-def wait_until(
-    condition: Callable[[], Any], what: str, timeout_seconds: float = START_TIMEOUT_SECONDS
-) -> None:
-    """Poll until the condition holds; a Redis error counts as not yet."""
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        with suppress(redis.RedisError):
-            if condition():
-                return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout_seconds} s in vain until {what}")
-        time.sleep(0.01)
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 class Valkey:
@@ -110,7 +101,7 @@ class Valkey:
         """A blocking client; close it, or use it as a context manager."""
         return redis.Redis(
             port=self.port,
-            **{"username": self.username, "password": self.password, "socket_timeout": 10, **arguments},
+            **{"username": self.username, "password": self.password, "socket_timeout": 30, **arguments},
         )
 
     def start(self, *, wait: bool = True) -> Valkey:
@@ -154,7 +145,7 @@ class Valkey:
         process.send_signal(signal.SIGCONT)
         process.send_signal(with_signal)
         try:
-            process.wait(10)
+            process.wait(30)
         finally:
             process.kill()
             process.wait()
@@ -180,7 +171,11 @@ class Valkey:
 
 
 class SentinelTrio:
-    """A master, a replica and three Sentinels that fail over within about a second."""
+    """A master, a replica and three Sentinels that fail over within about two seconds.
+
+    A master that says nothing for a second and a half counts as down: less would be no failure on a busy
+    machine.
+    """
 
     name = "banquet"
 
@@ -192,7 +187,7 @@ class SentinelTrio:
         self.servers = [master, replica]
         lines = [
             f"sentinel monitor {self.name} 127.0.0.1 {master.port} 2",
-            f"sentinel down-after-milliseconds {self.name} 400",
+            f"sentinel down-after-milliseconds {self.name} 1500",
             f"sentinel failover-timeout {self.name} 2000",
             *([f"sentinel auth-pass {self.name} {password}"] if password else []),
         ]
@@ -241,11 +236,11 @@ class SentinelTrio:
 class Cluster:
     """Masters that share the 16,384 slots, each with ``replicas`` replicas.
 
-    A node counts as failed after 500 ms.
+    A node counts as failed after two seconds.
     """
 
     def __init__(self, directory: Path, masters: int = 3, replicas: int = 0) -> None:
-        settings = ("cluster-enabled yes", "cluster-node-timeout 500", "cluster-replica-validity-factor 0")
+        settings = ("cluster-enabled yes", "cluster-node-timeout 2000", "cluster-replica-validity-factor 0")
         quick = ("repl-diskless-sync-delay 0", "cluster-require-full-coverage no")
         self.nodes = [
             Valkey(directory, *settings, *quick, f"cluster-port {free_port()}")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,7 @@ from typing import Any
 import psutil
 
 from tests.support.valkey import free_port
-
-START_SECONDS = 60.0
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,19 @@ class Served:
     port: int
     log: Path
 
+    def starts(self) -> bool:
+        """True; raises with the log where the master has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server ended:\n{self.log.read_text(errors='replace')}")
+        return True
+
     def workers(self) -> set[int]:
         """The process ids of the workers, ready or not."""
         return {child.pid for child in psutil.Process(self.process.pid).children()}
 
     def connection(self) -> http.client.HTTPConnection:
         """A connection of one client; it opens anew after the server has said that it closes."""
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def metric(self, name: str, *labels: str) -> float:
         """The sum of a metric's samples that have all these labels, such as ``status="200"``."""
@@ -60,6 +65,7 @@ def served(repo: Path, workers: int, environ: Mapping[str, str] | None = None) -
     # Feast names a metrics folder of its own when it is imported, as other tests of this process do.
     inherited = {n: v for n, v in os.environ.items() if not n.startswith(("BANQUET_", "PROMETHEUS_"))}
     settings = {"BANQUET_FEATURES_ONLY": "true", "BANQUET_STATE_DIR": str(repo / ".banquet")}
+    settings |= {"BANQUET_REDIS_TIMEOUT_S": "30"}  # a busy machine is no Redis that is away
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--workers", str(workers)],
@@ -72,31 +78,19 @@ def served(repo: Path, workers: int, environ: Mapping[str, str] | None = None) -
     try:
         for slot in range(workers):
             labels = "banquet_worker_memory_bytes", f'worker="{slot}"'
-            wait(lambda labels=labels: found.metric(*labels) > 0, "every worker reports", START_SECONDS)
+            wait_until(
+                lambda labels=labels: found.starts() and found.metric(*labels) > 0, f"worker {slot} reports"
+            )
         yield found
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(PATIENCE_SECONDS)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-
-
-def wait(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
-    """Poll until the condition holds; a network error counts as not yet."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except (OSError, http.client.HTTPException):
-            pass
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(0.05)
 
 
 def ask(connection: http.client.HTTPConnection, body: object) -> tuple[int, Any, str | None]:
@@ -147,4 +141,5 @@ def load(
     finally:
         stop.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE_SECONDS)
+        assert not any(thread.is_alive() for thread in threads), "a client hangs"

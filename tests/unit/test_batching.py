@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from serving.batching import MicroBatcher
+from tests.support import clock
 
 
 class Doubler:
@@ -34,7 +35,7 @@ def test_jobs_of_one_turn_share_a_batch_and_later_ones_form_the_next() -> None:
         assert await asyncio.gather(*first, *second) == [2, 4, 6, 8, 10]
         assert work.batches == [[1, 2], [3, 4, 5]]
 
-    asyncio.run(scenario())
+    clock.run(scenario())
 
 
 def test_a_batch_never_exceeds_its_rows_unless_one_job_does() -> None:

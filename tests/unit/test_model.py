@@ -318,14 +318,14 @@ def test_no_rows_make_an_empty_matrix() -> None:
 
 
 def test_a_thousand_rows_take_milliseconds() -> None:
-    """A bound that only a change of kind (work per row and feature in Python) would break."""
+    """Of processor time: only a change of kind (work per row and feature in Python) would break the bound."""
     dtypes = {f"v__{i}": Dtype.DOUBLE for i in range(20)}
     build, columns = builder(dtypes).build, {name: [1.0] * 1000 for name in dtypes}
     seconds = []
     for _ in range(20):
-        started = time.perf_counter()
+        started = time.thread_time()
         build(columns, 1000)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.thread_time() - started)
     assert min(seconds) < 0.02
 
 

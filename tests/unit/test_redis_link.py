@@ -16,6 +16,7 @@ from core.redis import RedisAddress
 from core.redis_cluster import slot_of
 from core.redis_connection import HashFields
 from core.redis_link import Dialler, Link
+from tests.support import clock
 
 ADDRESS = RedisAddress(hosts=(("localhost", 6379),))
 some_bytes = st.binary(max_size=40)
@@ -157,7 +158,7 @@ def test_silence_longer_than_the_timeout_ends_the_link_for_all_who_wait() -> Non
         assert all(isinstance(outcome, RedisUnavailable) for outcome in outcomes[1:])
         assert wire.aborted
 
-    asyncio.run(scenario())
+    clock.run(scenario())
 
 
 def test_a_slow_stream_of_whole_replies_is_no_silence() -> None:
@@ -169,7 +170,7 @@ def test_a_slow_stream_of_whole_replies_is_no_silence() -> None:
             link.data_received(b"+PONG\r\n")
         assert await asyncio.gather(*futures) == [[b"PONG"]] * 6
 
-    asyncio.run(scenario())
+    clock.run(scenario())
 
 
 @pytest.mark.parametrize(
