@@ -166,7 +166,7 @@ class CompiledForm:
     ``reason`` says why a faster form was not taken, or is empty.
     """
 
-    form: Literal["onnx", "treelite", "sklearn"]
+    form: Literal["onnx", "sklearn"]
     artifact: str
     max_difference: float
     classes_equal: bool

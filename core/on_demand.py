@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from core import layout
 from core.errors import InvalidRepository, OnDemandFailed
 from core.repository import OnDemandView
 from core.types import Dtype, Field, feature_name
@@ -139,9 +141,7 @@ def _typed(values: Any, dtype: Dtype, rows: int) -> list[Any]:
     column = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(column) != rows:
         raise ValueError(f"{len(column)} values for {rows} rows")
-    convert = _CONVERT.get(dtype)
-    if convert is None:
-        return [None if _missing(value) else value for value in column]
+    convert = _CONVERT.get(dtype) or partial(_checked, dtype)
     return [None if _missing(value) else convert(value) for value in column]
 
 
@@ -154,6 +154,19 @@ def _missing(value: Any) -> bool:
     return type(value).__name__ in ("NaTType", "NAType")
 
 
+def _checked(dtype: Dtype, value: Any) -> Any:
+    """The value itself; raises InvalidFeatureValue where the declared type cannot hold it."""
+    layout.encode_value(value, dtype)
+    return value
+
+
+def _integer(span: range, value: Any) -> int:
+    number = int(value)
+    if number not in span:
+        raise ValueError(f"{number} is out of range")
+    return number
+
+
 def _float32(value: Any) -> float:
     import struct
 
@@ -162,8 +175,8 @@ def _float32(value: Any) -> float:
 
 
 _CONVERT: dict[Dtype, Callable[[Any], Any]] = {
-    Dtype.INT32: int,
-    Dtype.INT64: int,
+    Dtype.INT32: partial(_integer, range(-(2**31), 2**31)),
+    Dtype.INT64: partial(_integer, range(-(2**63), 2**63)),
     Dtype.DOUBLE: float,
     Dtype.FLOAT: _float32,
     Dtype.BOOL: bool,

@@ -292,7 +292,6 @@ class OnlineReader:
 
         Raises:
             InvalidEntity: a key value does not fit its type.
-            InvalidFeatureValue: an on-demand view returned what its declared type cannot hold (``as_json``).
             RedisUnavailable: Redis did not answer.
             Overloaded: too many reads are waiting.
         """

@@ -252,6 +252,10 @@ class ModelRegistry:
         action = f"remove {alias}" if version is None else f"set {alias}"
         return self.change(name, action, pointed, why=why, who=who)
 
+    def introduce(self, name: str, version: int, *, why: str = "", who: str | None = None) -> Change:
+        """Give a version that was just registered its alias as ``traffic.introduced`` does."""
+        return self.change(name, "introduce", lambda now: traffic.introduced(now, version), why=why, who=who)
+
     def promote(
         self, name: str, version: int | None = None, *, why: str = "", who: str | None = None
     ) -> Change:

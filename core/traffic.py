@@ -113,6 +113,12 @@ class Split:
         return [mmh3.hash(orjson.dumps(key, default=str), seed, signed=False) < below for key in keys]
 
 
+def introduced(traffic: Traffic, version: int) -> Traffic:
+    """A version that was just registered is champion where the model has none, else the challenger."""
+    alias = CHALLENGER if CHAMPION in traffic.aliases else CHAMPION
+    return replace(traffic, aliases={**traffic.aliases, alias: version})
+
+
 def promoted(traffic: Traffic, version: int | None, *, name: str) -> Traffic:
     """``version`` (default: the version on trial, else the challenger) is champion, the old one ``previous``.
 

@@ -45,7 +45,7 @@ _DATATYPES: Mapping[Dtype, tuple[str, ...]] = {
     Dtype.UNIX_TIMESTAMP: (*_INTEGERS, "BYTES"),
 }
 _BYTES = ("BYTES",)
-_PLATFORMS = {"onnx": "onnxruntime_onnx", "treelite": "treelite_checkpoint", "sklearn": "sklearn_joblib"}
+_PLATFORMS = {"onnx": "onnxruntime_onnx", "sklearn": "sklearn_joblib"}
 
 Output = Callable[[Answer], list[Any]]
 

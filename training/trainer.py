@@ -121,8 +121,8 @@ def train(
         )
 
     manifest = registry.register(spec.name, files, describe)
-    alias = CHALLENGER if CHAMPION in registry.aliases(spec.name) else CHAMPION
-    registry.set_alias(spec.name, alias, manifest.version, why="trained")
+    aliases = registry.introduce(spec.name, manifest.version, why="trained").aliases
+    alias = CHAMPION if aliases[CHAMPION] == manifest.version else CHALLENGER
     return TrainingReport(manifest, alias, beats, time.monotonic() - started)
 
 

@@ -152,6 +152,24 @@ def test_an_alias_points_to_registered_versions_only(registry: ModelRegistry) ->
     assert registry.aliases("churn") == {}
 
 
+def test_of_two_first_versions_at_once_one_is_champion_and_one_its_challenger(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 2 comes between the look of version 1, which found no champion, and what it writes."""
+    for _ in range(2):
+        packages.register(registry)
+    create = registry.store.create
+
+    def late(*args: Any) -> None:
+        monkeypatch.setattr(registry.store, "create", create)
+        registry.introduce("churn", 2)
+        create(*args)
+
+    monkeypatch.setattr(registry.store, "create", late)
+    assert registry.introduce("churn", 1, why="trained").aliases == {CHAMPION: 2, CHALLENGER: 1}
+    assert [change.action for change in registry.history("churn")] == ["introduce", "introduce"]
+
+
 def test_promote_and_rollback_swap_champion_and_previous(registry: ModelRegistry) -> None:
     for _ in range(3):
         packages.register(registry)
