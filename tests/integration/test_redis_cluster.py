@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from core.errors import BanquetError, InvalidRepository, RedisReplyError, RedisUnavailable
+from core import layout
+from core.errors import BanquetError, InvalidRepository, RedisAccessDenied, RedisReplyError, RedisUnavailable
+from core.redis import RedisAddress
 from core.redis_cluster import slot_of
 from core.redis_connection import HashFields, HashReader, open_connection
-from tests.support.valkey import Cluster, Valkey
+from core.repository import Feature, View
+from core.types import Dtype, Field
+from core.write import OnlineWriter, encode_rows
+from tests.support.valkey import Cluster, Valkey, certificate, free_port, tls_front
 from tests.support.waiting import until, wait_until
 
 FIELDS = HashFields([b"a", b"b"])
@@ -154,9 +162,50 @@ def _serves(node: Valkey) -> bool:
             return False
 
 
-def test_a_server_that_is_no_cluster_and_an_option_unknown_are_refused(tmp_path: Path) -> None:
-    from core.redis import RedisAddress
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificates with the openssl command")
+def test_a_cluster_behind_tls_lets_an_acl_user_write_and_read(tmp_path: Path) -> None:
+    """Every node is named by its TLS port, and every connection to it has to introduce itself."""
+    pem, key = certificate(tmp_path)
+    ports = [free_port() for _ in range(3)]
+    text = ",".join(f"127.0.0.1:{port}" for port in ports) + f",ssl=true,ssl_ca_certs={pem}"
+    secrets = {"username": "features", "password": "s3cret"}
+    with ExitStack() as stack:
+        guarded = stack.enter_context(Cluster(tmp_path, announced=ports, **secrets))
+        for node, port in zip(guarded.nodes, ports, strict=True):
+            stack.enter_context(tls_front(node, pem, key, port))
 
+        def address(password: str) -> RedisAddress:
+            config = {
+                "type": "redis",
+                "redis_type": "redis_cluster",
+                "connection_string": f"{text},username=features,password={password}",
+            }
+            return RedisAddress.from_online_store(config)
+
+        view = View(
+            name="v", stored_name="v", join_keys=(Field("id", Dtype.INT64),),
+            features=(Feature("a", Dtype.DOUBLE, {}),), ttl=timedelta(0),
+        )  # fmt: skip
+        with OnlineWriter(address("s3cret"), "guarded") as writer:
+            columns = {"id": list(range(500)), "a": [1.5] * 500}
+            assert writer.write("v", encode_rows("guarded", view, columns, [1] * 500)).written == 500
+        keys = layout.EntityKeys("guarded", view.join_keys).encode([range(500)])
+
+        async def scenario() -> None:
+            connection = open_connection(address("s3cret"))
+            await connection.connect()
+            (found,) = await connection.read_hashes([(HashFields([layout.feature_field("v", "a")]), keys)])
+            assert layout.decode_column([cell for (cell,) in found], Dtype.DOUBLE) == [1.5] * 500
+            await connection.close()
+            wrong = open_connection(address("wrong"))
+            with pytest.raises(RedisAccessDenied):
+                await wrong.connect()
+            await wrong.close()
+
+        asyncio.run(scenario())
+
+
+def test_a_server_that_is_no_cluster_and_an_option_unknown_are_refused(tmp_path: Path) -> None:
     async def scenario(address: RedisAddress) -> None:
         connection = open_connection(address)
         with pytest.raises(RedisReplyError, match="cluster support disabled"):

