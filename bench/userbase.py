@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import redis
 
-from core.embedded import server_binary
+from core.embedded_process import server_binary
 from core.errors import BanquetError
 from core.registry import ModelRegistry
 

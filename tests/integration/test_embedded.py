@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from core import embedded_process
 from core.embedded import EmbeddedRedis, probe
 from core.errors import Conflict, NotRedis, RedisAccessDenied, RedisUnavailable
 from core.redis import RedisAddress
@@ -255,4 +257,97 @@ def test_after_a_killed_user_the_next_one_finds_the_server_and_ends_it(embedded:
     assert embedded.status().process_id == process_id
     with embedded.in_use() as state:
         assert (state.started, state.process_id) == (False, process_id)
+    assert not embedded.status().running
+
+
+def killed(process_id: int | None) -> None:
+    assert process_id
+    os.kill(process_id, signal.SIGKILL)
+
+
+def restarted(embedded: EmbeddedRedis, before: int | None) -> int:
+    """Wait for another server than that process; its number."""
+
+    def another() -> bool:
+        with suppress(RedisUnavailable):
+            return embedded.status().process_id not in (None, before)
+        return False
+
+    wait_until(another, "another server answers")
+    found = embedded.status().process_id
+    assert found
+    return found
+
+
+def test_while_it_is_in_use_a_killed_server_is_started_again_with_its_data(embedded: EmbeddedRedis) -> None:
+    with embedded.in_use() as state:
+        with embedded.address.session() as client:
+            client.config_set("appendfsync", "always")
+            client.set("key", "value")
+        killed(state.process_id)
+        second = restarted(embedded, state.process_id)
+        with embedded.address.session() as client:
+            assert client.get("key") == b"value"
+        killed(second)
+        restarted(embedded, second)
+        assert not embedded.status().lasting
+    assert not embedded.status().running
+
+
+def test_one_that_was_to_last_lasts_when_it_is_started_again(embedded: EmbeddedRedis) -> None:
+    state = embedded.start(lasting=True)
+    with embedded.in_use():
+        killed(state.process_id)
+        second = restarted(embedded, state.process_id)
+    assert embedded.status().process_id == second
+    assert embedded.status().lasting
+
+
+def test_two_users_start_one_server_again(embedded: EmbeddedRedis) -> None:
+    with users(2, embedded) as crowd:
+        ((_, (_, first)), _) = crowd
+        killed(first)
+        second = restarted(embedded, first)
+        assert embedded.status().process_id == second
+    assert not embedded.status().running
+
+
+def test_one_that_was_stopped_on_purpose_stays_so(
+    embedded: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    held = embedded_process.held
+    monkeypatch.setattr(embedded_process, "held", lambda lock: looks.append(held(lock)) or looks[-1])
+    with embedded.in_use():
+        assert embedded.stop()
+        after = len(looks)
+        wait_until(lambda: looks[after:].count(False) >= 3, "it was looked at three times")
+        assert not embedded.status().running
+        assert embedded.start(lasting=False).started
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["moved", "removed"])
+def test_its_folder_gone_it_is_stopped_all_the_same(embedded: EmbeddedRedis, removed: bool) -> None:
+    with embedded.in_use() as state:
+        assert state.process_id
+        if removed:
+            while embedded.directory.exists():  # the server may be writing a file
+                shutil.rmtree(embedded.directory, ignore_errors=True)
+        else:
+            embedded.directory.rename(embedded.directory.with_name("elsewhere"))
+    assert not alive(state.process_id)
+
+
+def test_its_folder_gone_it_is_not_started_empty(
+    embedded: EmbeddedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = embedded.directory.with_name("elsewhere")
+    with embedded.in_use() as state:
+        embedded.directory.rename(away)
+        killed(state.process_id)
+        wait_until(lambda: "is gone" in caplog.text, "it says so")
+        assert not embedded.directory.exists()
+        away.rename(embedded.directory)
+        restarted(embedded, state.process_id)
+    assert caplog.text.count("is gone") == 1
     assert not embedded.status().running

@@ -23,7 +23,7 @@ from typing import Any
 
 import redis
 
-from core.embedded import server_binary
+from core.embedded_process import server_binary
 from core.redis import RedisAddress
 from tests.support.waiting import wait_until
 
