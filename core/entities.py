@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from core import json_values
@@ -91,12 +92,13 @@ class EntitySchema:
                     field="entities",
                     row=index,
                 )
-            for name in self._required:
-                if name not in row:
-                    return self._missing(name, index)
+            # A name that is misspelt is both unknown and missing: what was sent is what the caller knows.
             for name in row:
                 if name not in self.dtypes:
                     return self._unknown(name, index)
+            for name in self._required:
+                if name not in row:
+                    return self._missing(name, index)
         return InvalidEntity("The entity rows differ in their fields.", field="entities")
 
     def _from_columns(self, entities: dict[str, Any]) -> tuple[dict[str, list[Any]], int]:
@@ -157,13 +159,9 @@ class EntitySchema:
                 try:
                     checked.append(json_values.read(value, dtype))
                 except json_values.NotOfType:
-                    wanted = json_values.wanted(dtype)
+                    said, hint = json_values.refusal(value, dtype)
                     raise InvalidEntity(
-                        f"`{name}` in row {row} is {describe(value)}; it must be {wanted}.",
-                        hint=json_values.hint(dtype),
-                        field=name,
-                        row=row,
-                        expected=dtype.name,
+                        f"`{name}` in row {row} {said}.", hint=hint, field=name, row=row, expected=dtype.name
                     ) from None
             if expectation is not None:
                 broken = expectation.check_value(checked[-1])
@@ -183,8 +181,10 @@ class EntitySchema:
 
     def _unknown(self, name: str, row: int | None = None) -> InvalidEntity:
         where = "" if row is None else f" in row {row}"
+        close = get_close_matches(name, self.dtypes, n=1)
+        meant = f"; did you mean `{close[0]}`?" if close else "."
         return InvalidEntity(
-            f"Unknown field `{name}`{where}.",
+            f"Unknown field `{name}`{where}{meant}",
             hint=f"Each row needs {self._needs()} and nothing else.",
             field=name,
             row=row,

@@ -178,9 +178,10 @@ def _value(view: View, name: str, dtype: Dtype, value: Any, row: int) -> Any:
     except json_values.NotOfType:
         found = None
     if found is None:
+        said, hint = json_values.refusal(value, dtype)
         raise InvalidRow(
-            f"`{name}` in row {row} is {describe(value)}; it must be {json_values.wanted(dtype)}.",
-            hint=json_values.hint(dtype),
+            f"`{name}` in row {row} {said}.",
+            hint=hint,
             field=name,
             row=row,
             expected=dtype.name,

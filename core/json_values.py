@@ -22,7 +22,7 @@ from core.types import Dtype
 
 
 class NotOfType(ValueError):
-    """A JSON value is not of the type it should be; the message for the caller is made from ``wanted``."""
+    """A JSON value is not of the type it should be; the message for the caller is ``refusal``."""
 
 
 def read(value: Any, dtype: Dtype, *, naive_zone: tzinfo | None = None) -> Any:
@@ -71,16 +71,24 @@ def _finite(column: list[float]) -> bool:
     return math.isfinite(sum(column))
 
 
-def wanted(dtype: Dtype) -> str:
-    """What a value of that type looks like in JSON, for a sentence that ends in "it must be ..."."""
+def refusal(value: Any, dtype: Dtype) -> tuple[str, str | None]:
+    """What is wrong with a value that ``read`` refuses, to go behind its name in a sentence; the way out.
+
+    A JSON parser gives an integer of more than 64 bits as a float: what only its size keeps from being of the
+    type is said to be that.
+    """
+    if dtype in _INT_RANGES and type(value) in (int, float):
+        low, high = _INT_RANGES[dtype]
+        if not low <= value <= high and (type(value) is int or value.is_integer()):
+            return f"is out of the range of {_wanted(dtype)}", f"It must be from {low} to {high}."
+    return f"is {describe(value)}; it must be {_wanted(dtype)}", _HINTS.get(dtype)
+
+
+def _wanted(dtype: Dtype) -> str:
+    """What a value of that type looks like in JSON."""
     if dtype in _ELEMENTS:
-        return f"a list, and each element of it {wanted(_ELEMENTS[dtype])}"
+        return f"a list, and each element of it {_wanted(_ELEMENTS[dtype])}"
     return _WANTED.get(dtype, dtype.name)
-
-
-def hint(dtype: Dtype) -> str | None:
-    """The way out for who sent something else."""
-    return _HINTS.get(dtype)
 
 
 def sample(dtype: Dtype) -> str:

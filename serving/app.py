@@ -111,6 +111,8 @@ def create_app(
             await catalog.stop()
             await writer.close()
             await connection.close()
+            # Libraries in C check at the end of the process that everything of theirs was freed.
+            gc.unfreeze()
 
     app = FastAPIOffline(
         title="Banquet",
@@ -181,6 +183,19 @@ def create_app(
     ):
         route(f"/admin{path}", partial(make, acts), docs, method=method, through=admin_gateway)
 
+    @app.get("/", tags=["operations"], summary="Where to look")
+    async def root() -> dict[str, Any]:
+        return {
+            "name": "banquet",
+            "version": app.version,
+            "project": repository.project,
+            "models": sorted(catalog.deployments),
+            "predict": "POST /predict",
+            "docs": "/docs",
+            "health": "/health",
+            "metrics": "/metrics",
+        }
+
     @app.get("/livez", tags=["operations"], summary="Whether the process answers")
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
@@ -196,7 +211,8 @@ def create_app(
             await catalog.check_ready()
         except BanquetError as exc:
             return _problem(exc, request, status=503)
-        return JSONResponse({"status": "ready"})
+        stale = {"stale": sorted(catalog.stale)} if catalog.stale else {}
+        return JSONResponse({"status": "ready", **stale})
 
     @app.get("/health", tags=["operations"], summary="What this server serves")
     async def health() -> dict[str, Any]:
@@ -216,6 +232,10 @@ def create_app(
                 {"model": name, "version": number, "code": error.code}
                 for (name, number), error in sorted(catalog.refused.items(), key=lambda item: item[0])
             ],
+            "stale": [
+                {"what": what, "code": stale.error.code, "since": stale.since}
+                for what, stale in sorted(catalog.stale.items())
+            ],
         }
 
     @app.get("/metrics", tags=["operations"], summary="Prometheus metrics", include_in_schema=False)
@@ -225,7 +245,7 @@ def create_app(
     def _problem(exc: Exception, request: Request, status: int | None = None) -> Response:
         given = request.headers.get("x-request-id", "").encode("latin-1")
         identity = given_id(given) or gateway.request_ids.next()
-        code, payload = problem(exc, identity)
+        code, payload = problem(exc, identity, gateway.failures)
         headers = {"x-request-id": identity, **({"retry-after": "1"} if 503 in (code, status) else {})}
         return Response(payload, status or code, headers=headers, media_type=CONTENT_TYPE.decode())
 

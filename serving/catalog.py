@@ -11,6 +11,8 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from core.errors import (
     BanquetError,
@@ -18,6 +20,7 @@ from core.errors import (
     InvalidRepository,
     ModelNotFound,
     ModelNotReady,
+    RegistryUnavailable,
     Unavailable,
 )
 from core.model import LoadedModel
@@ -36,6 +39,14 @@ from serving.trials import TrialRecorder
 log = logging.getLogger("banquet.serving")
 
 _MAX_PLANS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """Why definitions or models cannot be read anew, and since when (UTC); the old state serves."""
+
+    error: BanquetError
+    since: datetime
 
 
 class Catalog:
@@ -64,7 +75,7 @@ class Catalog:
         self._known: dict[str, Change] = {}
         self._refused: dict[tuple[str, int], BanquetError] = {}
         self._recorders: dict[str, TrialRecorder] = {}
-        self._failures: dict[str, BanquetError] = {}
+        self._stale: dict[str, Stale] = {}
         self._failed = 0
         self._task: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
@@ -90,10 +101,10 @@ class Catalog:
             ModelNotReady: none could be read yet.
         """
         if self._definitions is None:
-            failure = self._failures.get("definitions")
+            stale = self._stale.get("definitions")
             raise ModelNotReady(
                 "The feature definitions are not loaded yet.",
-                hint=str(failure) if failure else "Run `banquet apply`, then try again.",
+                hint=str(stale.error) if stale else "Run `banquet apply`, then try again.",
             )
         return self._definitions
 
@@ -176,6 +187,11 @@ class Catalog:
         """The versions that an alias points to and that must not serve, with the reason."""
         return self._refused
 
+    @property
+    def stale(self) -> Mapping[str, Stale]:
+        """What of "definitions" and "models" could not be read anew when it was looked at last."""
+        return self._stale
+
     async def check_ready(self) -> None:
         """Raise what stands between this worker and a prediction, if anything."""
         await self._connection.ping()
@@ -220,34 +236,43 @@ class Catalog:
     async def _try_definitions(self) -> None:
         try:
             await self._refresh_definitions()
-            self._failures.pop("definitions", None)
         except BanquetError as exc:
             self._note("definitions", exc)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 — logged with its traceback; the old state serves
             self._note(
-                "definitions", InvalidRepository(f"The registry cannot be read ({type(exc).__name__}).")
+                "definitions", InvalidRepository(f"The registry cannot be read ({type(exc).__name__})."), exc
             )
-            log.exception("refresh of the definitions failed")
+        else:
+            self._read_again("definitions")
 
     async def _try_models(self) -> None:
         if self._definitions is not None:
             failed = self._failed
             try:
                 await self._refresh_models()
-                if self._failed == failed:
-                    self._failures.pop("models", None)
             except BanquetError as exc:
                 self._note("models", exc)
-            except Exception:
-                self._metrics.refresh_failed("models")
-                log.exception("refresh of the models failed")
+            except Exception as exc:  # noqa: BLE001 — as above
+                self._note(
+                    "models", RegistryUnavailable(f"The models cannot be read ({type(exc).__name__})."), exc
+                )
+            else:
+                if self._failed == failed:
+                    self._read_again("models")
 
-    def _note(self, what: str, error: BanquetError) -> None:
-        if str(self._failures.get(what)) != str(error):
-            log.warning("refresh of the %s failed, the old state stays: %s", what, error)
-        self._failures[what] = error
+    def _note(self, what: str, error: BanquetError, cause: Exception | None = None) -> None:
+        before = self._stale.get(what)
+        if before is None or str(before.error) != str(error):
+            log.warning("refresh of the %s failed, the old state stays: %s", what, error, exc_info=cause)
+        self._stale[what] = Stale(error, before.since if before else datetime.now(tz=UTC))
         self._failed += 1
         self._metrics.refresh_failed(what)
+        self._metrics.refresh_failing(what, True)
+
+    def _read_again(self, what: str) -> None:
+        if self._stale.pop(what, None) is not None:
+            log.info("the %s can be read again", what)
+        self._metrics.refresh_failing(what, False)
 
     async def _refresh_definitions(self) -> None:
         fingerprint = await asyncio.to_thread(self._repository.fingerprint)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from core.errors import BanquetError
 from serving.access import AccessPolicy
+from serving.failures import FailureLog
 from serving.metrics import RequestMetrics
 from serving.problems import CONTENT_TYPE as PROBLEM
 from serving.problems import BodyTooLarge, UnsupportedMediaType, problem
@@ -78,6 +79,7 @@ class Gateway:
         self._access = access
         self._metrics = metrics
         self.request_ids = RequestIds()
+        self.failures = FailureLog()
 
     async def answer(
         self, route: str, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send
@@ -135,7 +137,7 @@ class Gateway:
                 raise self._too_large()
             payload = await endpoint(body, identity)
         except Exception as exc:  # noqa: BLE001 — the last line: nothing may leak, nothing may go unanswered
-            status, payload = problem(exc, identity)
+            status, payload = problem(exc, identity, self.failures)
             kind = PROBLEM
         self._metrics.observe(head.route, status, time.perf_counter() - started)
         return Reply(status, kind, identity, payload)

@@ -49,6 +49,13 @@ class RequestMetrics:
             ["what"],
             registry=self.registry,
         )
+        self._refresh_failing = Gauge(
+            "banquet_refresh_failing",
+            "1 while definitions or models cannot be read anew and the old state serves.",
+            ["what"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
         self._versions = Gauge(
             "banquet_model_version",
             "Version that an alias serves, 0 where it is gone.",
@@ -112,6 +119,10 @@ class RequestMetrics:
     def refresh_failed(self, what: str) -> None:
         """Count a background refresh that failed."""
         self._refresh_failures.labels(what).inc()
+
+    def refresh_failing(self, what: str, failing: bool) -> None:
+        """Record whether the last refresh failed."""
+        self._refresh_failing.labels(what).set(failing)
 
     def serving(self, model: str, aliases: Mapping[str, int]) -> None:
         """Record which versions the aliases of a model serve."""

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from core import errors
+from serving.failures import FailureLog
 
 log = logging.getLogger("banquet.serving")
 
@@ -74,13 +75,13 @@ def status_of(error: errors.BanquetError) -> int:
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
-def problem(error: Exception, request_id: str) -> tuple[int, bytes]:
-    """The status code and problem+json body that tell a client of ``error``."""
+def problem(error: Exception, request_id: str, failures: FailureLog) -> tuple[int, bytes]:
+    """The status code and problem+json body that tell a client of ``error``; ours is logged too."""
     if not isinstance(error, errors.BanquetError):
         log.error("unexpected error, request_id=%s", request_id, exc_info=error)
         error = errors.BanquetError("The server failed on this request.", hint="Its log has the request_id.")
     elif status_of(error) >= 500:
-        log.warning("%s: %s, request_id=%s", error.code, error, request_id)
+        failures.note(error, request_id)
     status = status_of(error)
     return status, orjson.dumps(
         {

@@ -88,8 +88,9 @@ VALUES = [
     pytest.param("12", 'string, "12"', id="a numeric string"),
     pytest.param("abc", 'string, "abc"', id="a text"),
     pytest.param(None, "null", id="null"),
-    pytest.param(2**63, "integer, 9223372036854775808", id="beyond 64 bits"),
-    pytest.param(2**70, "number", id="beyond any integer type"),
+    pytest.param(2**63, "out of the range of a 64-bit integer (Int64)", id="beyond 64 bits"),
+    pytest.param(2**70, "out of the range of a 64-bit integer (Int64)", id="beyond any integer type"),
+    pytest.param(1.5e30, "out of the range of a 64-bit integer (Int64)", id="a large float"),
     pytest.param([1], "list", id="a list"),
     pytest.param({"id": 1}, "object", id="an object"),
 ]
@@ -105,7 +106,10 @@ def test_a_value_that_is_no_int64_is_named_with_its_row_and_type(
     text = problem(server.post(path, json=body), 422, "user_id", row=1)
     assert text.startswith(f"`user_id` in row 1 is {'null' if value is None else ''}")
     assert says in text
-    assert "it must be a 64-bit integer (Int64)" in text
+    if "range" in says:
+        assert "from -9223372036854775808 to 9223372036854775807" in text
+    else:
+        assert "it must be a 64-bit integer (Int64)" in text
 
 
 @pytest.mark.usefixtures("untouched")
@@ -141,7 +145,7 @@ def test_columns_that_are_not_those_of_the_entities_are_named(
         ([{"user_id": 1}, []], "entities", 1, "Row 1 is a list"),
         ([{"user_id": 1}, {}], "user_id", 1, "`user_id` is missing in row 1"),
         ([{"user_id": 1}, {"user_id": 1, "x": 1}], "x", 1, "Unknown field `x` in row 1"),
-        ([{"user_id": 1}, {"user": 1}], "user_id", 1, "`user_id` is missing in row 1"),
+        ([{"user_id": 1}, {"user": 1}], "user", 1, "Unknown field `user` in row 1"),
     ],
     ids=str,
 )
@@ -374,3 +378,10 @@ def test_answers_do_not_depend_on_the_hash_seed(shop: Path) -> None:
             answers.append([client.post("/get-online-features", json=body).content for body in bodies])
     assert answers[0] == answers[1]
     assert all(b'"PRESENT"' in content for content in answers[0])
+
+
+def test_the_root_says_where_to_look(server: httpx.Client) -> None:
+    found = server.get("/").json()
+    assert found["models"] == ["worth"]
+    for path in (found["docs"], found["health"], found["metrics"]):
+        assert server.get(path).status_code == 200, path

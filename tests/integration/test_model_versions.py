@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +197,23 @@ def test_a_registry_that_is_away_is_told_of_once_and_everything_serves_on(
 ) -> None:
     settings = Settings(registry_url=scene.registry.url, state_dir=tmp_path, registry_refresh_s=0.05)
     with banquet(scene.repo.path, settings) as client:
+
+        def failing() -> float:
+            found = re.search(r'refresh_failing{[^}]*"models"[^}]*} ([0-9.]+)', client.get("/metrics").text)
+            return float(found[1]) if found else math.nan
+
         for number in range(2):
             caplog.clear()
+            assert client.get("/readyz").json() == {"status": "ready"}
             before = failures(client)
             (tmp_path / "models").rename(tmp_path / "away")
             scene.until(lambda before=before: failures(client) >= before + 5)  # type: ignore[misc]
+            (stale,) = client.get("/health").json()["stale"]
+            assert (stale["what"], stale["code"]) == ("models", "history_rewritten")
+            assert datetime.fromisoformat(stale["since"]) <= datetime.now(tz=UTC)
+            ready = client.get("/readyz")
+            assert (ready.status_code, ready.json()) == (200, {"status": "ready", "stale": ["models"]})
+            scene.until(lambda: failing() == 1)
             assert client.post("/predict", json={"entities": [{"user_id": 5}]}).json()["model_version"] == 1
             told = [record.message for record in caplog.records if "refresh of the models" in record.message]
             # The fixture's server has a log of its own to fill.
@@ -208,6 +221,8 @@ def test_a_registry_that_is_away_is_told_of_once_and_everything_serves_on(
             (tmp_path / "away").rename(tmp_path / "models")
             scene.registry.set_alias(MODEL, f"back{number}", 1)
             scene.until(lambda number=number: f"back{number}" in aliases(client))  # type: ignore[misc]
+            scene.until(lambda: not client.get("/health").json()["stale"])
+            scene.until(lambda: failing() == 0)
 
 
 def test_the_admin_api_promotes_and_rolls_back_at_once(scene: Scene) -> None:

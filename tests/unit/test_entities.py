@@ -93,7 +93,7 @@ def test_each_type_refuses_what_it_is_not(dtype: Dtype, given: Any) -> None:
         ([1], "Row 0 is an integer, 1, not an object"),
         ([{"user_id": 1}, None], "Row 1 is null"),
         ([{}], "`user_id` is missing in row 0"),
-        ([{"user_id": 1}, {"user": 1}], "`user_id` is missing in row 1"),
+        ([{"user_id": 1}, {"user": 1}], "Unknown field `user` in row 1; did you mean `user_id`"),
         ([{"user_id": 1, "x": 2}], "Unknown field `x` in row 0"),
         ({"user_id": [1], "x": [2]}, "Unknown field `x`"),
         ({"user_id": 1}, "Column `user_id` is an integer, 1, not a list"),
@@ -143,3 +143,11 @@ def test_only_some_rows_may_leave_a_defaulted_input_out() -> None:
 def test_expectations_of_request_time_inputs_hold_at_the_door() -> None:
     with pytest.raises(InvalidEntity, match=r"`amount` in row 0: .*min"):
         PAIR.columns([{"store": "a", "user_id": 1, "amount": -1.0}])
+
+
+@pytest.mark.parametrize("entities", [[{"userid": 1}], {"userid": [1]}], ids=["rows", "columns"])
+def test_a_misspelt_join_key_is_named_with_the_one_that_is_meant(entities: Any) -> None:
+    with pytest.raises(InvalidEntity, match=r"Unknown field `userid`.*; did you mean `user_id`\?") as caught:
+        USER.columns(entities)
+    assert caught.value.details["field"] == "userid"
+    assert caught.value.hint == "Each row needs `user_id` (INT64) and nothing else."

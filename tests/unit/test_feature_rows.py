@@ -95,7 +95,8 @@ def test_a_complaint_names_the_column_as_it_was_sent() -> None:
 def test_a_json_value_that_is_not_of_its_type_is_refused(dtype: Dtype, value: Any) -> None:
     with pytest.raises(json_values.NotOfType):
         json_values.read(value, dtype)
-    assert json_values.wanted(dtype) != dtype.name, "a sentence says what is wanted"
+    said, _ = json_values.refusal(value, dtype)
+    assert not said.endswith(dtype.name), "a sentence says what is wanted"
 
 
 def test_json_too_deep_to_store_is_refused() -> None:
