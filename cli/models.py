@@ -202,7 +202,8 @@ def history(ctx: Context, name: str) -> None:
 def verify(ctx: Context, reference: str | None) -> None:
     """Re-check digests, signatures, histories.
 
-    Of one version, or of everything; exit 1 where one fails.
+    Of one version, or of everything; exit 1 where one fails. Without a key or pins, who can write to the
+    registry can write digests that match.
     """
     from core.errors import BanquetError
 
@@ -229,6 +230,11 @@ def verify(ctx: Context, reference: str | None) -> None:
     ctx.report(results, "\n".join(lines) or f"No models in {registry.url}.")
     if not all(result["ok"] for result in results):
         sys.exit(1)
+    if results and not registry.trust.keys and registry.trust.pins is None:
+        ctx.say(
+            "Nothing is signed or pinned: who can write to the registry can write digests that match.\n"
+            "  BANQUET_REGISTRY_KEY and BANQUET_PINNED_MODELS protect from that (docs/models.md)."
+        )
 
 
 @models.command()
@@ -249,6 +255,8 @@ def prune(ctx: Context, name: str, keep: int | None, older_than: str | None, dry
     from core.retention import prune as run
 
     span = None if older_than is None else duration(older_than)
+    if dry_run and keep is None and span is None:
+        ctx.say("Without a limit: all that nothing points to. Removing takes --keep, --older-than or both.")
     done = run(open_registry(ctx), name, keep=keep or 0, older_than=span, dry_run=dry_run, why=why)
     would = "would be removed" if dry_run else "removed"
     lines = [f"{name}/{number}: {would}" for number in done.versions]

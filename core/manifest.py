@@ -23,6 +23,7 @@ MODEL_FILE = "model.joblib"
 SKOPS_FILE = "model.skops"
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
+DIGEST_FILE = "manifest.sha256"
 BASELINE_FILE = "baseline.parquet"
 
 Task = Literal["classification", "regression"]
@@ -227,7 +228,7 @@ class ModelManifest:
         )
         for artifact, digest in self.artifacts.items():
             require(_NAME.fullmatch(artifact) is not None, f"{artifact!r} is not a file name")
-            own = (MANIFEST_FILE, SIGNATURE_FILE)
+            own = (MANIFEST_FILE, SIGNATURE_FILE, DIGEST_FILE)
             require(artifact not in own, "the manifest cannot hold a digest of itself or of its signature")
             require(_SHA256.fullmatch(digest) is not None, f"the digest of {artifact!r} is not a sha256")
         estimators = {MODEL_FILE, SKOPS_FILE} & set(self.artifacts)

@@ -20,7 +20,14 @@ from dataclasses import replace
 
 from core import records, traffic
 from core.errors import Conflict, DigestMismatch, InvalidRequest, ModelNotFound
-from core.manifest import MANIFEST_FILE, SIGNATURE_FILE, ModelManifest, check_model_name, is_model_name
+from core.manifest import (
+    DIGEST_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    ModelManifest,
+    check_model_name,
+    is_model_name,
+)
 from core.model_history import Change, ModelHistory
 from core.object_store import ObjectStore
 from core.settings import Settings
@@ -126,12 +133,15 @@ class ModelRegistry:
             ModelNotFound: there is no such version.
             Unsigned, SignatureMismatch, NotPinned: it is not to be trusted.
             InvalidManifest: it is not a manifest.
-            DigestMismatch: it is that of another package.
+            DigestMismatch: it is that of another package, or was altered after its registration by who left
+                its digest as it was. Only a key or a pin tells of who did not.
         """
         content = self._manifest_bytes(name, version)
         self.trust.check_pin(name, version, content)
         if self.trust.keys:
             self._check_signature(name, version, content, self._signature(name, version))
+        else:
+            self._check_digest(name, version, content)
         return _parsed(name, version, content)
 
     def manifest_digest(self, name: str, version: int) -> str:
@@ -189,6 +199,7 @@ class ModelRegistry:
             self.store.replace(artifact, name, str(version), file)
         if signature is not None:
             self.store.replace(signature.encode(), name, str(version), SIGNATURE_FILE)
+        self.store.replace(_digest_line(content), name, str(version), DIGEST_FILE)
         self.store.replace(content, name, str(version), MANIFEST_FILE)
         return manifest
 
@@ -215,6 +226,7 @@ class ModelRegistry:
                 continue
             if signature is not None:
                 self._check_signature(name, version, content, signature)
+            self._check_digest(name, version, content)
             manifest = _parsed(name, version, content)
             for file in manifest.artifacts:
                 self.artifact(manifest, file)
@@ -361,6 +373,16 @@ class ModelRegistry:
     def _check_signature(self, name: str, version: int, content: bytes, signature: str | None) -> None:
         self.trust.check("manifest", name, content, signature, f"The manifest of {name}/{version}")
 
+    def _check_digest(self, name: str, version: int, content: bytes) -> None:
+        """The digest beside a manifest; what an older release registered has none."""
+        recorded = self.store.read(name, str(version), DIGEST_FILE)
+        if recorded is not None and recorded != _digest_line(content):
+            raise DigestMismatch(
+                f"{MANIFEST_FILE} of model {name} version {version} differs from its digest.",
+                hint="It was edited after registration; roll back, or register the model anew.",
+                artifact=MANIFEST_FILE,
+            )
+
     def _is_registered(self, name: str, version: int) -> bool:
         return self.store.read(check_model_name(name), str(version), MANIFEST_FILE) is not None
 
@@ -381,6 +403,11 @@ def _parsed(name: str, version: int, content: bytes) -> ModelManifest:
             hint="The package was moved or edited; register it anew.",
         )
     return manifest
+
+
+def _digest_line(content: bytes) -> bytes:
+    """What ``sha256sum -c`` reads."""
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_FILE}\n".encode()
 
 
 def versions_in(traffic: Traffic) -> set[int]:

@@ -45,10 +45,10 @@ def prune(
 
     Raises:
         ModelNotFound: there is no such model.
-        InvalidRequest: neither limit is given.
+        InvalidRequest: neither limit is given; a dry run needs none, and tells of all not in use.
         Conflict: one of them came into use meanwhile; nothing of it is removed.
     """
-    if keep < 1 and older_than is None:
+    if keep < 1 and older_than is None and not dry_run:
         raise InvalidRequest("Pruning needs a limit.", hint="Give --keep, --older-than or both.")
     registry.require(name)
     now = datetime.now(tz=UTC)

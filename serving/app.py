@@ -111,8 +111,6 @@ def create_app(
             await catalog.stop()
             await writer.close()
             await connection.close()
-            # Libraries in C check at the end of the process that everything of theirs was freed.
-            gc.unfreeze()
 
     app = FastAPIOffline(
         title="Banquet",

@@ -6,6 +6,7 @@ its own after it has started.
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import tempfile
@@ -101,6 +102,8 @@ def serve_here(repo: Path, *, host: str, port: int, settings: Settings) -> None:
     check_port(host, port)
     app = build_app(repo, settings)
     DrainingServer(uvicorn.Config(app, host=host, port=port, **uvicorn_options(settings))).run()
+    # What the application has frozen would not be freed at the end of the process, and DuckDB tells of that.
+    gc.unfreeze()
 
 
 def _configure(settings: Settings) -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.main import main
-from core.manifest import MODEL_FILE
+from core.manifest import MANIFEST_FILE, MODEL_FILE
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from tests.support import packages
 
@@ -115,6 +115,26 @@ def test_prune_says_what_it_does(registry: ModelRegistry) -> None:
     assert run("prune", "churn", "--older-than", "0s").stdout.splitlines()[0] == "churn/3: removed"
     assert registry.versions("churn") == [1, 2]
     assert run("prune", "churn").exit_code == 2
+
+
+def test_a_dry_run_of_prune_needs_no_limit(registry: ModelRegistry) -> None:
+    dry = run("prune", "churn", "--dry-run")
+    assert (dry.exit_code, dry.stdout.splitlines()[0]) == (0, "churn/3: would be removed")
+    assert "Removing takes --keep, --older-than or both." in dry.stderr
+    assert registry.versions("churn") == [1, 2, 3]
+
+
+def test_verify_finds_an_edited_manifest_and_says_what_it_cannot_find(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    whole = run("verify")
+    assert whole.exit_code == 0
+    assert "can write digests that match" in whole.stderr
+    manifest = tmp_path / "churn/2" / MANIFEST_FILE
+    manifest.write_bytes(manifest.read_bytes() + b"\n")
+    edited = run("verify")
+    assert edited.exit_code == 1
+    assert "churn/2: manifest.json of model churn version 2 differs from its digest." in edited.stdout
 
 
 def test_a_registry_gets_its_signatures(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from core.errors import (
     SignatureMismatch,
     Unsigned,
 )
-from core.manifest import MANIFEST_FILE, MODEL_FILE, SIGNATURE_FILE, CompiledForm
+from core.manifest import DIGEST_FILE, MANIFEST_FILE, MODEL_FILE, SIGNATURE_FILE, CompiledForm
 from core.model import LoadedModel
 from core.registry import CHAMPION, ModelRegistry
 from core.settings import load_settings
@@ -70,9 +70,14 @@ def test_a_pickle_swapped_with_its_digest_runs_without_a_key_and_not_with_one(
     bomb = pickle.dumps(packages.Bomb(fired))
     (churn / "1" / MODEL_FILE).write_bytes(bomb)
     artifacts = json.loads((churn / "1" / MANIFEST_FILE).read_text())["artifacts"]
-    edit(churn / "1" / MANIFEST_FILE, artifacts=artifacts | {MODEL_FILE: hashlib.sha256(bomb).hexdigest()})
+    manifest = churn / "1" / MANIFEST_FILE
+    edit(manifest, artifacts=artifacts | {MODEL_FILE: hashlib.sha256(bomb).hexdigest()})
     with pytest.raises(SignatureMismatch):
         LoadedModel.load(registry, "churn", 1, packages.SCHEMA)
+    with pytest.raises(DigestMismatch, match=MANIFEST_FILE):
+        LoadedModel.load(ModelRegistry(registry.url), "churn", 1, packages.SCHEMA)
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (churn / "1" / DIGEST_FILE).write_text(f"{digest}  {MANIFEST_FILE}\n")
     assert not fired.exists()
     with pytest.raises(Exception):  # noqa: B017, PT011 — None predicts nothing
         LoadedModel.load(ModelRegistry(registry.url), "churn", 1, packages.SCHEMA)
