@@ -13,6 +13,7 @@ from cli.main import Context, main
 if TYPE_CHECKING:
     from core.registry import Change, ModelRegistry
     from core.repository import FeastRepository
+    from core.traffic import Rollout
     from training.trainer import TrainingReport
 
 
@@ -127,9 +128,10 @@ def show(ctx: Context, reference: str) -> None:
 def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
     """Make a version champion.
 
-    The champion before it becomes `previous`, which `rollback` brings back.
+    The champion before it becomes `previous`, which `rollback` brings back. A rollout of the version ends.
     """
-    report_change(ctx, name, open_registry(ctx).promote(name, version, why=why))
+    registry = open_registry(ctx)
+    report_change(ctx, registry, name, registry.promote(name, version, why=why))
 
 
 @models.command()
@@ -138,7 +140,8 @@ def promote(ctx: Context, name: str, version: int | None, why: str) -> None:
 @click.pass_obj
 def rollback(ctx: Context, name: str, why: str) -> None:
     """Bring the previous champion back."""
-    report_change(ctx, name, open_registry(ctx).rollback(name, why=why))
+    registry = open_registry(ctx)
+    report_change(ctx, registry, name, registry.rollback(name, why=why))
 
 
 @models.command()
@@ -176,7 +179,8 @@ def alias(
             f"Without a champion, model {name!r} stops serving.",
             hint="If that is meant, pass --leave-no-champion; to go back to the one before, `rollback`.",
         )
-    report_change(ctx, name, open_registry(ctx).set_alias(name, alias, version, why=why))
+    registry = open_registry(ctx)
+    report_change(ctx, registry, name, registry.set_alias(name, alias, version, why=why))
 
 
 @models.command()
@@ -336,9 +340,18 @@ def export(ctx: Context, reference: str, target: str, tracking_uri: str, experim
     ctx.report(asdict(done), text + (f" ({', '.join(done.aliases)})" if done.aliases else ""))
 
 
-def report_change(ctx: Context, name: str, change: Change) -> None:
-    """What a change left: aliases and rollout."""
-    ctx.report(change_data(change), f"{name}: {_traffic_text(change)}")
+def report_change(ctx: Context, registry: ModelRegistry, name: str, change: Change) -> None:
+    """What a change left, aliases and rollout, and the rollout that it has ended."""
+    import json
+
+    from core import records
+
+    ended = registry.ended(name, change)
+    text = f"{name}: {_traffic_text(change)}"
+    if ended is not None:
+        text += f"; ended: {_rollout_text(ended)}"
+    rollout = None if ended is None else json.loads(records.to_json(ended))
+    ctx.report({**change_data(change), "ended_rollout": rollout}, text)
 
 
 def change_data(change: Change) -> dict[str, Any]:
@@ -355,7 +368,11 @@ def _traffic_text(change: Change) -> str:
     text, rollout = _aliases_text(change.aliases), change.rollout
     if rollout is None:
         return text
-    return f"{text}; {rollout.kind} of version {rollout.version} at {rollout.step.percent:g} %"
+    return f"{text}; {_rollout_text(rollout)}"
+
+
+def _rollout_text(rollout: Rollout) -> str:
+    return f"{rollout.kind} of version {rollout.version} at {rollout.step.percent:g} %"
 
 
 def _aliases_text(aliases: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ from core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from core.registry import ModelRegistry
-    from core.traffic import Step
+    from core.traffic import Rollout, Step
     from serving.conductor import Sight
 
 _WHY = click.option("--why", default="", help="Kept in the history.")
@@ -62,8 +62,9 @@ def start(
     given: dict[str, Any] = dict(map(_limit, limits))
     if require_labels:
         given["require_labels"] = True
+    registry = open_registry(ctx)
     change = rollouts.start(
-        open_registry(ctx),
+        registry,
         name,
         kind=kind,
         version=version,
@@ -72,30 +73,48 @@ def start(
         automatic=not manual,
         why=why,
     )
-    report_change(ctx, name, change)
+    report_change(ctx, registry, name, change)
 
 
 @rollout.command()
 @click.argument("name")
 @click.option("--watch", is_flag=True, help="Again every two seconds until it ends.")
+@click.option(
+    "--disagreements",
+    type=click.IntRange(1),
+    metavar="N",
+    help="The newest N rows on which a shadow and the champion disagree, of the last shadow if it has ended.",
+)
 @click.pass_obj
-def status(ctx: Context, name: str, watch: bool) -> None:
+def status(ctx: Context, name: str, watch: bool, disagreements: int | None) -> None:
     """What was seen of both versions, and what the judge says."""
     from datetime import UTC, datetime
 
     from core.repository import FeastRepository
     from serving.conductor import look_at
+    from serving.trial_store import TrialName, read_disagreements
 
     repository = FeastRepository.open(ctx.repo)
     registry = open_registry(ctx)
     with repository.redis.session() as client:
         while (change := registry.latest(name)) is not None and change.rollout is not None:
             sight = look_at(client, repository.project, name, change.rollout, datetime.now(tz=UTC))
-            ctx.report(sight.as_json(), _status_text(sight))
+            data, text = sight.as_json(), _status_text(sight)
+            if disagreements is not None:
+                trial = TrialName(repository.project, name, _shadow(change.rollout, name).id)
+                data["disagreements"] = read_disagreements(client, trial, most=disagreements)
+                text += _disagreements_text(data["disagreements"])
+            ctx.report(data, text)
             if not watch:
                 return
             time.sleep(2)
-    _report_none(ctx, registry, name)
+        data, text = _none_under_way(registry, name)
+        if disagreements is not None:
+            ended = [entry.rollout for entry in registry.history(name) if entry.rollout is not None]
+            trial = TrialName(repository.project, name, _shadow(ended[-1] if ended else None, name).id)
+            data["disagreements"] = read_disagreements(client, trial, most=disagreements)
+            text += _disagreements_text(data["disagreements"])
+    ctx.report(data, text)
 
 
 @rollout.command()
@@ -106,7 +125,8 @@ def advance(ctx: Context, name: str, why: str) -> None:
     """Take the next step now; past the last one the version is promoted."""
     from core import rollouts
 
-    report_change(ctx, name, rollouts.advance(open_registry(ctx), name, None, why=why))
+    registry = open_registry(ctx)
+    report_change(ctx, registry, name, rollouts.advance(registry, name, None, why=why))
 
 
 @rollout.command()
@@ -117,7 +137,7 @@ def promote(ctx: Context, name: str, why: str) -> None:
     """Make the version on trial champion now, whatever its step."""
     registry = open_registry(ctx)
     _require(registry, name)
-    report_change(ctx, name, registry.promote(name, why=why))
+    report_change(ctx, registry, name, registry.promote(name, why=why))
 
 
 @rollout.command()
@@ -128,7 +148,8 @@ def abort(ctx: Context, name: str, why: str) -> None:
     """Give all traffic back to the champion."""
     from core import rollouts
 
-    report_change(ctx, name, rollouts.abort(open_registry(ctx), name, None, why=why))
+    registry = open_registry(ctx)
+    report_change(ctx, registry, name, rollouts.abort(registry, name, None, why=why))
 
 
 def _percents(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
@@ -160,21 +181,51 @@ def _require(registry: ModelRegistry, name: str) -> None:
     from core.errors import Conflict
 
     change = registry.latest(name)
+    if change is None:
+        registry.require(name)
     if change is None or change.rollout is None:
         raise Conflict(
             f"Model {name!r} has no rollout under way.", hint=f"Start one: `banquet rollout start {name}`."
         )
 
 
-def _report_none(ctx: Context, registry: ModelRegistry, name: str) -> None:
-    """No rollout is under way: how the last one ended."""
+def _none_under_way(registry: ModelRegistry, name: str) -> tuple[dict[str, Any], str]:
+    """No rollout is under way: how the last one ended, as JSON data and as text."""
     last = registry.latest(name)
     if last is None:
         registry.require(name)
     text = f"{name}: no rollout under way."
     if last is not None:
         text += f" Last change: {last.action} by {last.who}, {last.when:%Y-%m-%d %H:%M:%S} UTC. {last.why}"
-    ctx.report({"model": name, "rollout": None, "last": last and change_data(last)}, text.rstrip())
+    return {"model": name, "rollout": None, "last": last and change_data(last)}, text.rstrip()
+
+
+def _shadow(rollout: Rollout | None, name: str) -> Rollout:
+    from core.errors import Conflict
+
+    if rollout is None or rollout.kind != "shadow":
+        raise Conflict(
+            f"The last rollout of model {name!r} is no shadow; only a shadow predicts the champion's rows.",
+            hint=f"Start one: `banquet rollout start {name} --kind shadow`.",
+        )
+    return rollout
+
+
+def _disagreements_text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "\n  no row on which they disagree is kept"
+    lines = []
+    for row in rows:
+        keys = ", ".join(f"{name}={value}" for name, value in row["entity"].items())
+        said = ", ".join(f"{variant} {_said(row[variant])}" for variant in ("champion", "challenger"))
+        lines.append(f"\n  {keys}: {said}; request {row['request_id']}")
+    return "".join(lines)
+
+
+def _said(answer: dict[str, Any]) -> str:
+    score = answer.get("score")
+    prediction = "failed" if answer["prediction"] is None else str(answer["prediction"])
+    return f"{prediction} ({score:.4g})" if isinstance(score, int | float) else prediction
 
 
 def _status_text(sight: Sight) -> str:
@@ -183,14 +234,14 @@ def _status_text(sight: Sight) -> str:
     lines = [
         f"{sight.model}: {rollout.kind} of version {rollout.version} beside {rollout.champion}, "
         f"step {number} of {len(rollout.steps)}, {step.percent:g} %, for {sight.seconds:.0f} s",
-        f"  rows      champion {sight.champion.rows:,}, challenger {sight.challenger.rows:,}",
-        f"  judge     {_judge_text(sight)}",
+        f"  rows       champion {sight.champion.rows:,}, challenger {sight.challenger.rows:,}",
+        f"  judge      {_judge_text(sight)}",
     ]
-    marks = {"pass": "ok", "fail": "FAIL", "inconclusive": "open"}
+    marks = {"pass": "ok", "fail": "FAIL", "inconclusive": "undecided"}
     if sight.compared.rows:
         compared = sight.compared
-        lines.append(f"  compared  {compared.rows:,} rows, {compared.agreement:.2%} of them alike")
-    lines += [f"  {marks[finding.outcome]:<10}{finding.text}" for finding in sight.verdict.findings]
+        lines.append(f"  compared   {compared.rows:,} rows, {compared.agreement:.2%} of them alike")
+    lines += [f"  {marks[finding.outcome]:<11}{finding.text}" for finding in sight.verdict.findings]
     return "\n".join(lines)
 
 
@@ -205,10 +256,12 @@ def _judge_text(sight: Sight) -> str:
     looks = f"look {sight.last} of {rollouts.planned_looks(rollout)}"
     if rows is None:
         return f"{sight.said} at {looks}, the last of this step: a person decides, advance or abort"
-    waits = [f"{rows:,} rows of the challenger"] if sight.challenger.rows < rows else []
+    waits = []
+    if sight.challenger.rows < rows:
+        waits.append(f"the challenger's row {rows:,}, it has {sight.challenger.rows:,}")
     if rollout.limits.get("require_labels"):
         waits.append("labels of both")
     if sight.seconds < step.min_seconds:
         waits.append(f"{step.min_seconds - sight.seconds:.0f} s more")
-    waiting = f"waits for {' and '.join(waits)}" if waits else "is about to look"
+    waiting = f"looks next after {' and '.join(waits)}" if waits else "is about to look"
     return waiting if sight.last is None else f"{sight.said} at {looks}; {waiting}"

@@ -16,7 +16,7 @@ looked at at any time and needs no minimum sample. ADR 0050 has the reasons, doc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -480,7 +480,7 @@ class _Look:
         elif not self._planned:
             known = "this look was not planned, so it decides nothing"
         else:
-            known = f"between {show(low)} and {show(high)}, the limit is {show(limit)}"
+            known = f"{_between(low, high, show)}, the limit is {show(limit)}"
         required = self._limits.require_labels or against if labels else True
         return Finding(name, outcome, *values, limit, low, high, samples, required, f"{seen}; {known}.")
 
@@ -524,11 +524,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _between(low: float, high: float, show: Callable[[float], str]) -> str:
+    if math.isfinite(low) and math.isfinite(high):
+        return f"between {show(low)} and {show(high)}"
+    if math.isfinite(low):
+        return f"at least {show(low)} and not bounded above yet"
+    return f"at most {show(high)} and not bounded below yet" if math.isfinite(high) else "not bounded yet"
+
+
 def _percent(value: float | None) -> str:
     return "nothing" if value is None else f"{value:.2%}"
 
 
 def _milliseconds(value: float | None) -> str:
+    if value == math.inf:
+        return f"more than {LATENCY_EDGES_SECONDS[-1]:g} s"
     return "nothing" if value is None else f"{value * 1000:.3g} ms"
 
 

@@ -74,6 +74,10 @@ class ModelHistory:
             changes.append(self._entry(number, changes[-1] if changes else None))
         return changes
 
+    def before(self, change: Change) -> Change | None:
+        """The entry before that one; None where it is the first."""
+        return self._entry(change.number - 1) if change.number > 1 else None
+
     def latest(self, known: Change | None = None) -> Change | None:
         """See ``ModelRegistry.latest``."""
         if known is None:

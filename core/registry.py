@@ -31,7 +31,7 @@ from core.manifest import (
 from core.model_history import Change, ModelHistory
 from core.object_store import ObjectStore
 from core.settings import Settings
-from core.traffic import CHALLENGER, CHAMPION, PREVIOUS, Traffic
+from core.traffic import CHALLENGER, CHAMPION, PREVIOUS, Rollout, Traffic
 from core.trust import Trust
 
 __all__ = ["CHALLENGER", "CHAMPION", "PREVIOUS", "Change", "ModelRegistry"]
@@ -316,6 +316,11 @@ class ModelRegistry:
         done = self._history(name).append(action, checked, who=who or _user(), why=why)
         self._repeat_aliases(name)
         return done
+
+    def ended(self, name: str, change: Change) -> Rollout | None:
+        """The rollout that a change has ended, if it ended one. Raises as ``latest``."""
+        before = self._history(name).before(change)
+        return before.rollout if before is not None and change.rollout is None else None
 
     def history(self, name: str) -> list[Change]:
         """Every change of a model's traffic, oldest first. Raises as ``latest``."""

@@ -48,11 +48,14 @@ class Admin:
         self.catalog = catalog
         self.conductor = conductor
 
-    async def change(self, work: Callable[[], Change]) -> bytes:
-        """Do it, let this worker follow, and answer with the entry of the history."""
+    async def change(self, model: str, work: Callable[[], Change]) -> bytes:
+        """Do it and let this worker follow: the entry of the history, and the rollout that it ended."""
         change = await asyncio.to_thread(work)
         await self.catalog.refresh_models()
-        return records.to_json(change).encode()
+        ended = await asyncio.to_thread(self.registry.ended, model, change)
+        rollout = None if ended is None else json.loads(records.to_json(ended))
+        answer = {**json.loads(records.to_json(change)), "ended_rollout": rollout}
+        return orjson.dumps(answer, option=orjson.OPT_INDENT_2)
 
 
 class _OfModel:
@@ -71,7 +74,7 @@ class _OfModel:
             "why": _text(given, "why", ""),
             "who": _text(given, "who", f"admin API, request {request_id}"),
         }
-        return await self._admin.change(lambda: self.act(self._admin.registry, given, signed))
+        return await self._admin.change(self._name, lambda: self.act(self._admin.registry, given, signed))
 
     def act(self, registry: ModelRegistry, given: Mapping[str, Any], signed: Mapping[str, str]) -> Change:
         """Change the registry."""

@@ -10,9 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.main import main
+from core import rollouts
 from core.manifest import MANIFEST_FILE, MODEL_FILE
-from core.registry import CHALLENGER, CHAMPION, ModelRegistry
+from core.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelRegistry
+from core.traffic import Step
 from tests.support import packages
+from tests.support.registered import repository
+from tests.support.valkey import Valkey
 
 KEY = "k" * 32
 
@@ -167,3 +171,36 @@ def test_pins_are_what_the_setting_takes(
     assert list(data("pins", "churn/3")) == ["churn/3"]
     registry.store.replace(b"swapped", "churn", "1", MODEL_FILE)
     assert "digest_mismatch" in run("pins").stderr
+
+
+@pytest.mark.parametrize("command", ["advance", "promote", "abort", "start", "status"])
+def test_a_rollout_of_an_unknown_name_is_answered_with_those_that_exist(
+    registry: ModelRegistry, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory, command: str
+) -> None:
+    repo = repository(tmp_path_factory.mktemp("repo"), valkey.address(), "unknown")
+    result = CliRunner().invoke(main, ["--repo", str(repo.path), "rollout", command, "chrun"])
+    assert (result.exit_code, "Models: churn, loyalty." in result.stderr) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "left"),
+    [
+        ("models promote churn", "champion: 2, previous: 1"),
+        ("models rollback churn", "challenger: 2, champion: 3, previous: 1"),
+        ("rollout abort churn", "challenger: 2, champion: 1, previous: 3"),
+    ],
+)
+def test_what_ends_a_rollout_says_so(registry: ModelRegistry, command: str, left: str) -> None:
+    if left.count("3"):
+        registry.set_alias("churn", PREVIOUS, 3)
+    steps = [Step(5), Step(50)]
+    rollouts.start(registry, "churn", kind="canary", steps=steps)
+    as_text = CliRunner().invoke(main, command.split())
+    assert as_text.stdout == f"churn: {left}; ended: canary of version 2 at 5 %\n"
+    if registry.aliases("churn")[CHAMPION] != 1:
+        registry.promote("churn", 1)
+    registry.set_alias("churn", PREVIOUS, 3)
+    rollouts.start(registry, "churn", kind="canary", version=2, steps=steps)
+    ended = json.loads(CliRunner().invoke(main, ["--json", *command.split()]).stdout)["ended_rollout"]
+    assert (ended["kind"], ended["version"], len(ended["began"])) == ("canary", 2, 1)
+    assert data("alias", "churn", "audited", "3")["ended_rollout"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -430,3 +431,19 @@ def test_an_identical_challenger_is_seldom_aborted_over_all_looks() -> None:
                 aborted += 1
                 break
     assert aborted / 60 <= limits.alpha
+
+
+def test_no_sentence_speaks_of_infinity() -> None:
+    """Requests past the last edge, and bounds that too few rows leave open."""
+    slow, few = observed(seconds=1e6, seed=2), observed(700, seed=3)
+    for one, two in ((CHAMPION, slow), (slow, CHAMPION), (few, few), (slow, slow), (CHAMPION, Observed())):
+        for finding in judge(one, two, Limits(min_rows=50), look=1, looks=20).findings:
+            assert not re.search(r"\binf\b|nan", finding.text), finding.text
+
+    def p99(one: Observed, two: Observed) -> str:
+        found = judge(one, two, Limits(min_rows=50), look=1, looks=20).findings
+        return next(finding.text for finding in found if finding.name == "p99")
+
+    few = replace(few, latency={10: 60})
+    assert "and not bounded above yet, the limit is 500 ms." in p99(few, few)
+    assert "p99 latency: more than 16 s against" in p99(CHAMPION, slow)
