@@ -10,12 +10,10 @@ rollouts are manual: nothing is judged, and they stay where they are.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,17 @@ from userbase import USERS, Userbase, userbase  # noqa: E402
 from core import rollouts  # noqa: E402
 from core.registry import ModelRegistry  # noqa: E402
 from core.traffic import Step  # noqa: E402
-from serving import KEY, Running, Server, Target, get, measure_load, running  # noqa: E402
+from serving import (  # noqa: E402
+    KEY,
+    Running,
+    Server,
+    Target,
+    get,
+    load_options,
+    load_parser,
+    measure_load,
+    running,
+)
 
 MODEL = "churn"
 NONE, CANARY, SHADOW = "no rollout", "canary at 50 %", "shadow at 100 %"
@@ -117,18 +125,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="1x8,1x32,50x8", help="entities x connections, with commas")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one turn of wrk")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "banquet-bench-rollout")
-    parser.add_argument("--dry", action="store_true", help="print only; leave results and documents alone")
-    options = parser.parse_args()
-    if shutil.which("wrk") is None:
-        raise SystemExit(
-            "wrk is needed to make load: apt-get install wrk (Debian, Ubuntu) or brew install wrk"
-        )
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    options, shapes = load_options(load_parser(__doc__, "rollout", shapes="1x8,1x32,50x8", rounds=5))
     targets = tuple(Target(kind, kind, "/predict", "rows") for kind in (NONE, CANARY, SHADOW))
     record: dict[str, Any] = {
         "machine": report.machine(),

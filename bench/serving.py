@@ -427,22 +427,34 @@ def _times(ratio: float | None) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
-def main() -> None:
-    """Measure what was asked for, print it, keep it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=SHAPES, help="entities x connections, separated by commas")
-    parser.add_argument("--targets", help="only these, separated by commas")
-    parser.add_argument("--parts", default="load,workers,in_process,start")
+def load_parser(about: str, name: str, *, shapes: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that makes load with wrk; ``name`` is that of its scratch folder."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--shapes", default=shapes, help="entities x connections, separated by commas")
     parser.add_argument("--seconds", type=float, default=4.0, help="of one turn of wrk")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "banquet-bench-serving")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / f"banquet-bench-{name}")
     parser.add_argument("--dry", action="store_true", help="print only; leave results and documents alone")
+    return parser
+
+
+def load_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[tuple[int, int]]]:
+    """The options given, and the shapes; ends the program where there is no wrk."""
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit(
             "wrk is needed to make load: apt-get install wrk (Debian, Ubuntu) or brew install wrk"
         )
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    pairs = [shape.split("x") for shape in options.shapes.split(",")]
+    return options, [(int(entities), int(connections)) for entities, connections in pairs]
+
+
+def main() -> None:
+    """Measure what was asked for, print it, keep it."""
+    parser = load_parser(__doc__, "serving", shapes=SHAPES, rounds=3)
+    parser.add_argument("--targets", help="only these, separated by commas")
+    parser.add_argument("--parts", default="load,workers,in_process,start")
+    options, shapes = load_options(parser)
     wanted = options.targets.split(",") if options.targets else [target.name for target in TARGETS]
     targets = tuple(target for target in TARGETS if target.name in wanted)
     parts = options.parts.split(",")

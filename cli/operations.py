@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import pkgutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,20 +55,39 @@ def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None
     repository = FeastRepository.open(ctx.repo)
     # Ended by a supervisor, it must still stop the Redis it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if not no_serve:
-        check_port(host, port)
-    with embedded_redis(repository, ctx.settings).in_use() as redis:
-        ctx.say(f"{'Redis':<14}{_redis_line(redis)}")
-        _prepare(ctx, repository, sources, spec)
-        if no_serve:
-            return
-        shown = f"http://{host}:{port}"
-        ctx.say(f"\nServing on {shown} (docs: {shown}/docs). Ctrl-C stops everything. Try:\n")
-        ctx.say(
-            f"  curl -s {shown}/predict -H 'Content-Type: application/json' \\\n"
-            f'    -d \'{{"entities": [{{"user_id": 1}}, {{"user_id": 99999999}}]}}\'\n'
-        )
-        serve_here(ctx.repo, host=host, port=port, settings=ctx.settings)
+    with ExitStack() as turn:
+        turn.enter_context(_turn(ctx))
+        if not no_serve:
+            check_port(host, port)
+        with embedded_redis(repository, ctx.settings).in_use() as redis:
+            ctx.say(f"{'Redis':<14}{_redis_line(redis)}")
+            _prepare(ctx, repository, sources, spec)
+            if no_serve:
+                return
+
+            def announce() -> None:
+                turn.close()
+                shown = f"http://{host}:{port}"
+                ctx.say(f"\nServing on {shown} (docs: {shown}/docs). Ctrl-C stops everything. Try:\n")
+                ctx.say(
+                    f"  curl -s {shown}/predict -H 'Content-Type: application/json' \\\n"
+                    f'    -d \'{{"entities": [{{"user_id": 1}}, {{"user_id": 99999999}}]}}\'\n'
+                )
+
+            serve_here(ctx.repo, host=host, port=port, settings=ctx.settings, announce=announce)
+
+
+@contextmanager
+def _turn(ctx: Context) -> Iterator[None]:
+    """One `up` of a folder prepares at a time, until it listens: then the next one sees whether it can."""
+    ctx.settings.state_dir.mkdir(parents=True, exist_ok=True)
+    with (ctx.settings.state_dir / "up.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            ctx.say("Waiting for another `banquet up` that prepares this folder.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _prepare(ctx: Context, repository: FeastRepository, sources: str | None, spec: str | None) -> None:

@@ -27,6 +27,8 @@ from serving.endpoints import App
 from serving.metrics import forget_worker, share_counts
 from serving.protocol import HotProtocol
 
+_BACKLOG = 2048
+
 
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """How every worker runs."""
@@ -90,18 +92,23 @@ def serve(repo: Path, *, host: str, port: int, workers: int = 1, settings: Setti
         )
 
 
-def serve_here(repo: Path, *, host: str, port: int, settings: Settings) -> None:
+def serve_here(
+    repo: Path, *, host: str, port: int, settings: Settings, announce: Callable[[], None] = lambda: None
+) -> None:
     """Serve in this process, with nobody to replace it, until SIGTERM or SIGINT.
 
-    For a process that has used threads and libraries which do not survive a fork.
+    For a process that has used threads and libraries which do not survive a fork. ``announce`` is called once
+    the port is taken.
 
     Raises:
         Conflict: the port is taken.
     """
     _configure(settings)
-    check_port(host, port)
-    app = build_app(repo, settings)
-    DrainingServer(uvicorn.Config(app, host=host, port=port, **uvicorn_options(settings))).run()
+    with _listening(host, port) as listener:
+        announce()
+        app = build_app(repo, settings)
+        config = uvicorn.Config(app, host=host, port=port, **uvicorn_options(settings))
+        DrainingServer(config).run(sockets=[listener])
     # What the application has frozen would not be freed at the end of the process, and DuckDB tells of that.
     gc.unfreeze()
 
@@ -112,12 +119,18 @@ def _configure(settings: Settings) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise Conflict where something already listens on ``host:port``."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as exc:
-            raise Conflict(
-                f"Cannot listen on {host}:{port} ({exc.strerror}).", hint="Choose another port with --port."
-            ) from exc
+    _listening(host, port).close()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)  # two may be bound to one port; only one of them may listen
+    except OSError as exc:
+        listener.close()
+        raise Conflict(
+            f"Cannot listen on {host}:{port} ({exc.strerror}).", hint="Choose another port with --port."
+        ) from exc
+    return listener

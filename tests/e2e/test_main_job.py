@@ -60,7 +60,13 @@ class Job:
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [*self.command(), "--port", str(self.port)]
-        return subprocess.Popen(command, env=self.env, cwd=ROOT, start_new_session=True)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(command, env=self.env, cwd=ROOT, start_new_session=True, stderr=log)
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return self.repo.parent / "up.log"
 
     def readiness(self, process: subprocess.Popen[bytes]) -> httpx.Response:
         """What the server says of itself; raises TransportError while it does not listen."""
@@ -96,8 +102,12 @@ def job(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[J
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0, job.log.read_text()
         wait_until(lambda: job.processes() == [], "nothing is left behind by Ctrl-C")
+        said = job.log.read_text()
+        # A worker's memory is frozen, and DuckDB lists what was not freed at the end.
+        assert "Serving on" in said
+        assert "leaked" not in said, said
 
 
 @pytest.fixture
@@ -241,6 +251,40 @@ def test_an_altered_model_is_refused_before_it_is_unpickled(job: Job, tmp_path: 
             os.killpg(process.pid, signal.SIGINT)
         process.wait(PATIENCE_SECONDS)
     assert not trace.exists()
+
+
+def test_another_up_on_the_same_port_is_refused_at_once(job: Job) -> None:
+    refused = job.run(*job.command()[3:], "--port", str(job.port))
+    assert refused.returncode == 1
+    assert f"Cannot listen on 127.0.0.1:{job.port}" in refused.stderr
+    assert "Sources" not in refused.stderr
+
+
+def test_a_killed_redis_is_started_again_with_its_data(job: Job, client: httpx.Client) -> None:
+    """Failed requests meanwhile say where Redis is and are few lines of the log, not one each."""
+    body = {"entities": [{"user_id": WITH_DEMOGRAPHICS, "request_timestamp": int(time.time())}]}
+    before = client.post("/predict", json=body).json()["predictions"]
+    embedded = EmbeddedRedis(job.state / "redis", FeastRepository.open(job.repo).redis)
+    first = embedded.status().process_id
+    assert first
+    os.kill(first, signal.SIGSTOP)  # so that some requests fail, however fast it is started again
+    away = [client.post("/predict", json=body) for _ in range(20)]
+    os.kill(first, signal.SIGKILL)
+    assert {answer.status_code for answer in away} == {503}
+    assert "banquet redis start" in away[0].json()["hint"]
+    ready: list[bool] = []
+
+    def recovered() -> bool:
+        ready.append(client.get("/readyz").status_code == 200)
+        return ready[-1]
+
+    wait_until(recovered, "it has recovered", pause_seconds=0.05)
+    assert client.post("/predict", json=body).json()["predictions"] == before
+    assert embedded.status().process_id != first
+    said = job.log.read_text()
+    assert "had ended unasked; started again" in said
+    failed = len(away) + ready.count(False)
+    assert 1 <= said.count("WARNING banquet.serving: redis_unavailable") < failed / 2
 
 
 def test_redis_away_is_503_and_recovery_needs_no_help(job: Job, client: httpx.Client) -> None:

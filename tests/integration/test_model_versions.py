@@ -208,6 +208,7 @@ def test_a_registry_that_is_away_is_told_of_once_and_everything_serves_on(
             before = failures(client)
             (tmp_path / "models").rename(tmp_path / "away")
             scene.until(lambda before=before: failures(client) >= before + 5)  # type: ignore[misc]
+            scene.until(lambda: bool(client.get("/health").json()["stale"]))
             (stale,) = client.get("/health").json()["stale"]
             assert (stale["what"], stale["code"]) == ("models", "history_rewritten")
             assert datetime.fromisoformat(stale["since"]) <= datetime.now(tz=UTC)

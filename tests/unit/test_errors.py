@@ -7,6 +7,7 @@ import re
 import pytest
 
 from core import errors
+from serving.failures import FailureLog
 from serving.problems import STATUS, problem, status_of
 
 
@@ -44,7 +45,7 @@ def test_the_nearest_class_decides_the_status() -> None:
 
 
 def test_an_unexpected_exception_leaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    status, body = problem(RuntimeError("password=hunter2"), "id-1")
+    status, body = problem(RuntimeError("password=hunter2"), "id-1", FailureLog())
     assert status == 500
     assert b"hunter2" not in body
     assert b"id-1" in body
