@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_PROBLEM = {
+PROBLEM: dict[str, Any] = {
     "description": "What was wrong, with the field and the way out (RFC 9457).",
     "content": {
         "application/problem+json": {
@@ -43,7 +43,14 @@ _PROBLEM = {
         }
     },
 }
-_UNAVAILABLE = {**_PROBLEM, "description": "Redis or the model is away; try again after Retry-After seconds."}
+_UNAVAILABLE = {**PROBLEM, "description": "Redis or the model is away; try again after Retry-After seconds."}
+DENIED = {"401": {**PROBLEM, "description": "Keys are configured, and the request carries none of them."}}
+REFUSED = {
+    **DENIED,
+    "400": {**PROBLEM, "description": "The body is no JSON object, or names a key twice."},
+    "413": {**PROBLEM, "description": "The body is larger than the limit."},
+    "415": {**PROBLEM, "description": "The body is not sent as JSON, or compressed."},
+}
 
 _ENTITIES = {
     "oneOf": [
@@ -131,7 +138,7 @@ _PREDICT_BODY = {
     },
 }
 
-_RESPONSES = {"200": _PREDICTIONS, "404": _PROBLEM, "422": _PROBLEM, "503": _UNAVAILABLE}
+_RESPONSES = {**REFUSED, "200": _PREDICTIONS, "404": PROBLEM, "422": PROBLEM, "503": _UNAVAILABLE}
 
 PREDICT: dict[str, Any] = {
     "operationId": "predict",
@@ -199,105 +206,12 @@ FEEDBACK: dict[str, Any] = {
         },
     },
     "responses": {
+        **REFUSED,
         "200": {"description": "How many labels there were, and how many counted."},
-        "422": _PROBLEM,
+        "422": PROBLEM,
         "503": _UNAVAILABLE,
     },
 }
-
-_SIGNED: dict[str, Any] = {
-    "why": {"type": "string", "description": "Kept in the history."},
-    "who": {"type": "string", "description": "Kept in the history."},
-}
-
-
-def _admin(
-    operation: str,
-    summary: str,
-    *path: str,
-    properties: dict[str, Any] | None = None,
-    example: dict[str, Any] | None = None,
-    description: str = "Answers with the entry of the model's history.",
-) -> dict[str, Any]:
-    """A route of the admin API; with ``properties`` it has a body."""
-    docs: dict[str, Any] = {
-        "operationId": f"admin_{operation}",
-        "summary": summary,
-        "description": description,
-        "tags": ["admin"],
-        "responses": {
-            "200": {"description": "Done."},
-            "401": _PROBLEM,
-            "403": _PROBLEM,
-            "404": _PROBLEM,
-            "409": _PROBLEM,
-            "422": _PROBLEM,
-        },
-    }
-    if properties is not None:
-        schema = {"type": "object", "additionalProperties": False, "properties": properties}
-        docs["requestBody"] = {"content": {"application/json": {"schema": schema, "example": example or {}}}}
-    return with_path(docs, *path)
-
-
-ADMIN_MODELS = _admin("models", "Aliases, versions and rollouts", description="As this worker has them.")
-ADMIN_PROMOTE = _admin(
-    "promote",
-    "Make a version champion",
-    "name",
-    properties={"version": {"type": "integer", "description": "Default: the challenger."}, **_SIGNED},
-    example={"version": 4, "why": "better on the last month"},
-)
-ADMIN_ROLLBACK = _admin(
-    "rollback",
-    "Bring the previous champion back",
-    "name",
-    properties=_SIGNED,
-    example={"why": "complaints since noon"},
-)
-ADMIN_ROLLOUT = _admin(
-    "rollout",
-    "The rollout under way",
-    "name",
-    description="What was seen of both versions, and what the judge says.",
-)
-ADMIN_START = _admin(
-    "start_rollout",
-    "Put a version on trial",
-    "name",
-    properties={
-        "kind": {"enum": ["canary", "shadow"], "default": "canary"},
-        "version": {"type": "integer", "description": "Default: the challenger."},
-        "steps": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["percent"],
-                "properties": {
-                    "percent": {"type": "number"},
-                    "min_seconds": {"type": "number", "default": 300},
-                    "min_rows": {"type": "integer", "default": 1000},
-                },
-            },
-        },
-        "automatic": {"type": "boolean", "default": True},
-        "limits": {"type": "object", "description": "The judge's, where they are not its defaults."},
-        **_SIGNED,
-    },
-    example={"kind": "canary", "version": 4, "steps": [{"percent": 5}, {"percent": 100}]},
-)
-ADMIN_ADVANCE = _admin(
-    "advance_rollout", "Take the next step", "name", properties=_SIGNED, example={"why": "seen enough"}
-)
-ADMIN_ABORT = _admin(
-    "abort_rollout", "Give all traffic to the champion", "name", properties=_SIGNED, example={"why": "slow"}
-)
-ADMIN_RELOAD = _admin(
-    "reload",
-    "Look for changes now",
-    properties={},
-    description="Definitions and models, in the worker that answers; the others look within a second.",
-)
 
 ONLINE_FEATURES: dict[str, Any] = {
     "operationId": "get_online_features",
@@ -331,9 +245,10 @@ ONLINE_FEATURES: dict[str, Any] = {
         },
     },
     "responses": {
+        **REFUSED,
         "200": {"description": "One result per name in metadata.feature_names."},
-        "404": _PROBLEM,
-        "422": _PROBLEM,
+        "404": PROBLEM,
+        "422": PROBLEM,
         "503": _UNAVAILABLE,
     },
 }
@@ -344,7 +259,7 @@ _FRAME = {
     "description": "Columns of equal length: join keys, features, event and created timestamps. "
     "A timestamp without a time zone is UTC.",
 }
-_WRITTEN = {"404": _PROBLEM, "422": _PROBLEM, "503": _UNAVAILABLE}
+_WRITTEN = {**REFUSED, "404": PROBLEM, "422": PROBLEM, "503": _UNAVAILABLE}
 
 PUSH: dict[str, Any] = {
     "operationId": "push",
@@ -421,7 +336,7 @@ WRITE_ONLINE: dict[str, Any] = {
     "responses": {"200": {"description": "Every row can be read; the body is `null`."}, **_WRITTEN},
 }
 
-_NOT_READY = {**_PROBLEM, "description": "Not ready; `error` says why."}
+_NOT_READY = {**PROBLEM, "description": "Not ready; `error` says why."}
 
 
 def _v2(operation: str, summary: str, description: str, **responses: Any) -> dict[str, Any]:
@@ -429,7 +344,7 @@ def _v2(operation: str, summary: str, description: str, **responses: Any) -> dic
         "operationId": f"v2_{operation}",
         "summary": summary,
         "tags": ["open inference protocol"],
-        "responses": {"200": {"description": description}, **responses},
+        "responses": {**DENIED, "200": {"description": description}, **responses},
     }
 
 
@@ -437,13 +352,13 @@ V2_SERVER = _v2("server", "Server metadata", "Name, version and extensions.")
 V2_LIVE = _v2("live", "Whether the server answers", "It does.")
 V2_READY = _v2("ready", "Whether the server can infer", "It can.", **{"400": _NOT_READY})
 V2_MODEL_READY = _v2(
-    "model_ready", "Whether a model can infer", "It can.", **{"400": _NOT_READY, "404": _PROBLEM}
+    "model_ready", "Whether a model can infer", "It can.", **{"400": _NOT_READY, "404": PROBLEM}
 )
 V2_MODEL = _v2(
     "model",
     "Model metadata",
     "Versions, platform, input and output tensors.",
-    **{"404": _PROBLEM, "503": _UNAVAILABLE},
+    **{"404": PROBLEM, "503": _UNAVAILABLE},
 )
 
 _TENSOR = {
@@ -463,7 +378,8 @@ V2_INFER: dict[str, Any] = {
         "infer",
         "Infer by entity ID",
         "One tensor per output: `prediction`, `confidence`, `missing`, `error`.",
-        **{"404": _PROBLEM, "422": _PROBLEM, "503": _UNAVAILABLE},
+        **REFUSED,
+        **{"404": PROBLEM, "422": PROBLEM, "503": _UNAVAILABLE},
     ),
     "requestBody": {
         "required": True,

@@ -24,7 +24,7 @@ from core.redis_connection import HashReader
 from core.registry import ModelRegistry
 from core.repository import FeastRepository
 from core.settings import Settings
-from serving import admin, api_docs, inference
+from serving import admin, admin_docs, api_docs, inference
 from serving.access import AccessPolicy
 from serving.catalog import Catalog
 from serving.conductor import Conductor
@@ -170,14 +170,14 @@ def create_app(
 
     acts = admin.Admin(registry, catalog, conductor)
     for method, path, make, docs in (
-        ("GET", "/models", admin.Models, api_docs.ADMIN_MODELS),
-        ("POST", "/models/{name}/promote", admin.Promote, api_docs.ADMIN_PROMOTE),
-        ("POST", "/models/{name}/rollback", admin.Rollback, api_docs.ADMIN_ROLLBACK),
-        ("GET", "/models/{name}/rollout", admin.RolloutStatus, api_docs.ADMIN_ROLLOUT),
-        ("POST", "/models/{name}/rollout", admin.StartRollout, api_docs.ADMIN_START),
-        ("POST", "/models/{name}/rollout/advance", admin.AdvanceRollout, api_docs.ADMIN_ADVANCE),
-        ("POST", "/models/{name}/rollout/abort", admin.AbortRollout, api_docs.ADMIN_ABORT),
-        ("POST", "/reload", admin.Reload, api_docs.ADMIN_RELOAD),
+        ("GET", "/models", admin.Models, admin_docs.MODELS),
+        ("POST", "/models/{name}/promote", admin.Promote, admin_docs.PROMOTE),
+        ("POST", "/models/{name}/rollback", admin.Rollback, admin_docs.ROLLBACK),
+        ("GET", "/models/{name}/rollout", admin.RolloutStatus, admin_docs.ROLLOUT),
+        ("POST", "/models/{name}/rollout", admin.StartRollout, admin_docs.START),
+        ("POST", "/models/{name}/rollout/advance", admin.AdvanceRollout, admin_docs.ADVANCE),
+        ("POST", "/models/{name}/rollout/abort", admin.AbortRollout, admin_docs.ABORT),
+        ("POST", "/reload", admin.Reload, admin_docs.RELOAD),
     ):
         route(f"/admin{path}", partial(make, acts), docs, method=method, through=admin_gateway)
 

@@ -203,12 +203,11 @@ def test_the_documented_examples_are_true(client: httpx.Client) -> None:
             operations.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json", {})
         )
         for example in body.get("examples", {}).values():
-            address = path.replace("{name}", "repurchase")
-            if "{" not in address:
-                answer = client.post(address, json=example["value"])
-                assert answer.status_code == 200, (address, example, answer.text)
-                sent += 1
-    assert sent >= 5
+            address = path.replace("{name}", "repurchase").replace("{version}", "1")
+            answer = client.post(address, json=example["value"])
+            assert answer.status_code == 200, (address, example, answer.text)
+            sent += 1
+    assert sent >= 10
     assert client.get("/docs").status_code == 200
 
 

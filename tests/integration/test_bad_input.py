@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,22 @@ def untouched(server: httpx.Client, valkey: Any) -> Iterator[None]:
     assert seen() == before
 
 
+@cache
+def operations(address: str) -> dict[str, Any]:
+    """What a server's OpenAPI document says of each path."""
+    found: dict[str, Any] = httpx.get(address, trust_env=False).json()["paths"]
+    return found
+
+
+def documented(address: str, request: httpx.Request) -> set[int]:
+    """The statuses that the document at ``address`` has for a request; any, where there is no such route."""
+    for path, methods in operations(address).items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), request.url.path):
+            operation = methods.get(request.method.lower())
+            return {405} if operation is None else set(map(int, operation["responses"]))
+    return {404}
+
+
 def problem(response: httpx.Response, status: int, field: str | None = None, row: int | None = None) -> str:
     """Asserts what every refusal has; returns what it says."""
     assert response.status_code == status, response.text
@@ -66,6 +84,7 @@ def problem(response: httpx.Response, status: int, field: str | None = None, row
     assert body.get("field") == field, body
     assert body.get("row") == row, body
     assert "Traceback" not in response.text
+    assert status in documented(str(response.url.copy_with(raw_path=b"/openapi.json")), response.request)
     error: str = body["error"]
     return error
 

@@ -250,6 +250,19 @@ def test_the_admin_api_promotes_and_rolls_back_at_once(scene: Scene) -> None:
     assert scene.client.post("/admin/reload", json={}, headers=ADMIN).json() == {"status": "ok"}
 
 
+def test_the_documented_examples_of_the_admin_api_are_true(scene: Scene) -> None:
+    """Each change is what the one before it left possible, in the order of the document."""
+    sent = 0
+    for path, methods in scene.client.get("/openapi.json").json()["paths"].items():
+        if path.startswith("/admin/") and "post" in methods:
+            example = methods["post"]["requestBody"]["content"]["application/json"]["example"]
+            address = path.replace("{name}", MODEL)
+            answer = scene.client.post(address, json=example, headers=ADMIN)
+            assert answer.status_code == 200, (address, example, answer.text)
+            sent += 1
+    assert sent == 6
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
