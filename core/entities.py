@@ -67,13 +67,13 @@ class EntitySchema:
     def _from_rows(self, entities: list[Any]) -> tuple[dict[str, list[Any]], int]:
         rows = len(entities)
         self.check_count(rows)
-        now = int(time.time())
         given = len(self._required)
         try:
             columns = {name: [row[name] for row in entities] for name in self._required}
-            for name in self._optional:
-                columns[name] = [row.get(name, now) for row in entities]
             if self._optional:
+                now = int(time.time())
+                for name in self._optional:
+                    columns[name] = [row.get(name, now) for row in entities]
                 odd = any(len(row) != given + sum(name in row for name in self._optional) for row in entities)
             else:
                 odd = set(map(len, entities)) != {given}
@@ -102,32 +102,34 @@ class EntitySchema:
         return InvalidEntity("The entity rows differ in their fields.", field="entities")
 
     def _from_columns(self, entities: dict[str, Any]) -> tuple[dict[str, list[Any]], int]:
-        for name in entities:
-            if name not in self.dtypes:
-                raise self._unknown(name)
-        for name in self._required:
-            if name not in entities:
-                raise self._missing(name)
-        for name in entities:
-            if not isinstance(entities[name], list):
+        if entities.keys() != self.dtypes.keys():
+            for name in entities:
+                if name not in self.dtypes:
+                    raise self._unknown(name)
+            for name in self._required:
+                if name not in entities:
+                    raise self._missing(name)
+        for name, column in entities.items():
+            if not isinstance(column, list):
                 raise InvalidEntity(
-                    f"Column `{name}` is {describe(entities[name])}, not a list.",
+                    f"Column `{name}` is {describe(column)}, not a list.",
                     hint=f"For example {self._example()}.",
                     field=name,
                 )
-        lengths = {name: len(column) for name, column in entities.items()}
-        if len(set(lengths.values())) > 1:
-            listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        lengths = set(map(len, entities.values()))
+        if len(lengths) > 1:
+            listed = ", ".join(f"{name}: {len(column)}" for name, column in entities.items())
             raise InvalidRequest(
                 f"The columns of `entities` differ in length ({listed}).",
                 hint="Send as many values in every column.",
                 field="entities",
             )
-        rows = next(iter(lengths.values()), 0)
+        rows = lengths.pop() if lengths else 0
         self.check_count(rows)
         columns = dict(entities)
-        for name in self._optional - entities.keys():
-            columns[name] = [int(time.time())] * rows
+        if self._optional:
+            for name in self._optional - entities.keys():
+                columns[name] = [int(time.time())] * rows
         return columns, rows
 
     def check_count(self, rows: int) -> None:

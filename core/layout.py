@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any, NamedTuple
 
 import mmh3
@@ -35,10 +35,9 @@ from core.layout_cells import (
     encode_column,
     encode_timestamp,
     encode_value,
-    float_texts,
     floats_json,
+    json_cells,
     json_column,
-    json_text,
     json_value,
     timestamp_array,
 )
@@ -61,10 +60,9 @@ __all__ = [
     "encode_timestamp",
     "encode_value",
     "feature_field",
-    "float_texts",
     "floats_json",
+    "json_cells",
     "json_column",
-    "json_text",
     "json_value",
     "require_key_version",
     "stored_key",
@@ -130,6 +128,7 @@ _KEY_VALUES: Mapping[Dtype, Callable[[Any], bytes]] = {
     Dtype.UNIX_TIMESTAMP: lambda value: struct.pack("<q", _seconds(value)),
 }
 _KEY_SIZES: Mapping[Dtype, int] = {Dtype.INT32: 4, Dtype.INT64: 8, Dtype.UNIX_TIMESTAMP: 8}
+_KEY_CODES: Mapping[Dtype, str] = {Dtype.INT32: "i", Dtype.INT64: "q"}
 _KEY_DECODERS: Mapping[int, Callable[[bytes], object]] = {
     Dtype.STRING: bytes.decode,
     Dtype.BYTES: bytes,
@@ -180,6 +179,12 @@ class EntityKeys:
         if self.join_keys and None not in sizes:
             values = sum(8 + size for size in sizes if size is not None)
             self.fixed_size = len(self.prefix) + values + len(self.suffix)
+        self._pack: Callable[[bytes, int, bytes], bytes] | None = None
+        if len(placed) == 1 and placed[0].dtype in _KEY_CODES:
+            # The commonest key by far: one number between constant bytes.
+            kind = placed[0].dtype
+            self._head = self.prefix + struct.pack("<II", kind, _KEY_SIZES[kind])
+            self._pack = struct.Struct(f"<{len(self._head)}s{_KEY_CODES[kind]}{len(self.suffix)}s").pack
         if not self.join_keys:
             self._placeholder_key = self.prefix + struct.pack("<II", Dtype.STRING, 0) + self.suffix
             self.fixed_size = len(self._placeholder_key)
@@ -209,13 +214,11 @@ class EntityKeys:
         return [prefix + b"".join(values) + suffix for values in zip(*ordered, strict=True)]
 
     def _encode_single(self, column: Sequence[Any]) -> list[bytes]:
+        if self._pack is not None:
+            return list(map(self._pack, repeat(self._head), column, repeat(self.suffix)))
         dtype = self.join_keys[0].dtype
-        size, to_bytes, suffix = _KEY_SIZES.get(dtype), _KEY_VALUES[dtype], self.suffix
-        if size is None:
-            prefix = self.prefix
-            return [prefix + value_head(dtype, raw) + suffix for raw in map(to_bytes, column)]
-        head = self.prefix + struct.pack("<II", dtype, size)
-        return [head + to_bytes(value) + suffix for value in column]
+        to_bytes, prefix, suffix = _KEY_VALUES[dtype], self.prefix, self.suffix
+        return [prefix + value_head(dtype, raw) + suffix for raw in map(to_bytes, column)]
 
     def _invalid(self, columns: Sequence[Sequence[Any]]) -> InvalidEntity:
         for key, column in zip(self.join_keys, columns, strict=True):

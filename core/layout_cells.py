@@ -154,7 +154,7 @@ def decode_timestamps(cells: Sequence[Cell]) -> list[int | None]:
 
 
 def timestamp_array(cells: Sequence[Cell]) -> NDArray[np.int64] | None:
-    """``decode_timestamps`` as an array; None if a cell is absent or not as in the years 1978 to 3058."""
+    """``decode_timestamps`` as an array; None if a cell is absent or not as in the years 1978 to 2242."""
     try:
         joined = b"".join([cell.ljust(12, b"\0") for cell in cells])  # type: ignore[union-attr]
     except AttributeError:  # an absent cell
@@ -211,11 +211,6 @@ def floats_json(
     return _FLOATS[dtype].json(columns, hidden)
 
 
-def float_texts(cells: Sequence[Cell], dtype: Dtype) -> list[bytes] | None:
-    """The JSON texts of some cells of dtype DOUBLE or FLOAT; None where ``floats_json`` has none."""
-    return _FLOATS[dtype].texts(cells)
-
-
 def decode_json_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
     """The column as the JSON values that ``feast serve`` answers with (see ``layout_messages.to_json``).
 
@@ -229,16 +224,20 @@ def decode_json_column(cells: Sequence[Cell], dtype: Dtype) -> list[Any]:
     return _JSON_VALUES.values(cells)
 
 
-def json_text(cell: Cell, dtype: Dtype) -> bytes:
-    """The JSON text of the value that ``decode_json_column`` gives for one cell.
+def json_cells(cells: Sequence[Cell], dtype: Dtype) -> list[bytes]:
+    """Each cell as a JSON array of its own, of the value that ``decode_json_column`` gives for it.
 
     Raises:
-        CorruptCell: the cell is no Feast value.
+        CorruptCell: a cell is no Feast value.
     """
-    if dtype in _FLOATS:
-        return orjson.dumps(decode_json_column((cell,), dtype)[0])
-    text: bytes = _JSON_TEXTS[cell]
-    return text
+    if dtype not in _FLOATS:
+        return _JSON_CELLS.values(cells)
+    texts = _FLOATS[dtype].cells(cells)
+    return [_json_array(value) for value in decode_json_column(cells, dtype)] if texts is None else texts
+
+
+def _json_array(value: Any) -> bytes:
+    return orjson.dumps([value])
 
 
 def json_value(value: Any, dtype: Dtype) -> Any:
@@ -342,7 +341,7 @@ def _decode(cell: bytes) -> Any:
 
 _VALUES = _Memo(_decode)
 _JSON_VALUES = _Memo(lambda cell: layout_messages.to_json(layout_messages.parse(cell)))
-_JSON_TEXTS = _Memo(lambda cell: orjson.dumps(_JSON_VALUES[cell]), empty=b"null", absent=b"null")
+_JSON_CELLS = _Memo(lambda cell: _json_array(_JSON_VALUES[cell]), empty=b"[null]", absent=b"[null]")
 # An event at the epoch itself is an empty message.
 # Views loaded from batches have few different ones, views of events hardly one twice.
 _EVENTS = _Memo(decode_timestamp, empty=0, often=False)
@@ -385,8 +384,8 @@ class _Floats:
             return None
         return texts
 
-    def texts(self, cells: Sequence[Cell]) -> list[bytes] | None:
-        """See ``float_texts``."""
+    def cells(self, cells: Sequence[Cell]) -> list[bytes] | None:
+        """See ``json_cells``; None where that is not to be had at once, as in ``json``."""
         try:
             joined = b"".join(cells)  # type: ignore[arg-type]
         except TypeError:  # an absent cell
@@ -394,7 +393,7 @@ class _Floats:
         if not self._fits(joined, len(cells)):
             return None
         text = orjson.dumps(struct.unpack("<" + self._code * len(cells), joined))
-        return None if b"null" in text else text[1:-1].split(b",")
+        return None if b"null" in text else text.replace(b",", b"] [").split(b" ")
 
     def column(self, cells: Sequence[Cell], others: _Memo) -> list[Any]:
         """The numbers of a column; what is of another type is left to ``others``."""
@@ -479,8 +478,9 @@ def _integers(cells: Sequence[Cell], tag: int) -> list[Any] | None:
     return values
 
 
-# The seconds of the years 1978 to 3058 take five bytes; a fraction follows under the tag 0x10.
-_SECONDS_MASK = np.uint64(0xEF8080808080FF)
+# The seconds of the years 1978 to 2242 take five bytes, the last below 0x20, and as nanoseconds are an int64;
+# a fraction follows under the tag 0x10.
+_SECONDS_MASK = np.uint64(0xEFE080808080FF)
 _SECONDS_FORM = np.uint64(0x8080808008)
 _LOW_BITS, _HIGH_BITS = np.uint64(0x7F7F7F7F7F7F00), np.uint64(0x80808080808000)
 _TIMESTAMP_WEIGHTS = _varint_weights(12, range(1, 6), range(7, 12))

@@ -102,11 +102,13 @@ def create_app(
         await catalog.start()
         await conductor.start()
         _spare_the_collector()
-        watch = asyncio.create_task(memory.run())
+        watches = [asyncio.create_task(watch) for watch in (memory.run(), metrics.run())]
         try:
             yield
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
+            metrics.flush()
             await conductor.stop()
             await catalog.stop()
             await writer.close()

@@ -17,9 +17,9 @@ from core import layout
 from core.entities import EntitySchema
 from core.errors import InvalidRequest, NotFound
 from core.online import FeaturePlan
-from core.online_json import EPOCH, JsonColumn, repeated
+from core.online_json import EPOCH, JsonColumn, repeated, rest
 from core.repository import DUMMY_JOIN_KEY, Definitions
-from core.types import Field
+from core.types import Dtype, Field
 from serving import bodies
 from serving.batching import Columns
 from serving.catalog import Catalog
@@ -32,6 +32,7 @@ _FIELDS = (
     "full_feature_names",
     "include_feature_view_version_metadata",
 )
+_SAME_IN_JSON = frozenset({Dtype.INT32, Dtype.INT64, Dtype.STRING})
 
 
 class OnlineFeaturesEndpoint:
@@ -139,14 +140,20 @@ def _entities(
 
 
 def _given(column: list[Any], key: Field, rows: int) -> JsonColumn:
-    values = orjson.dumps(layout.json_column(column, key.dtype))
-    return values, repeated("PRESENT", rows), repeated(EPOCH, rows)
+    # Numbers and texts are answered as they were given, now that they have been checked.
+    given = column if key.dtype in _SAME_IN_JSON else layout.json_column(column, key.dtype)
+    return orjson.dumps(given), _beside_keys(rows)
+
+
+@lru_cache(maxsize=1024)
+def _beside_keys(rows: int) -> bytes:
+    return rest(repeated("PRESENT", rows), repeated(EPOCH, rows))
 
 
 def _written(results: Sequence[JsonColumn], metadata: bytes) -> bytes:
     parts: list[bytes] = []
     separator = b'{"values":'
-    for values, statuses, event_timestamps in results:
-        parts += (separator, values, b',"statuses":', statuses, b',"event_timestamps":', event_timestamps)
+    for values, others in results:
+        parts += (separator, values, others)
         separator = b'},{"values":'
     return b"".join((b'{"results":[', *parts, b"}" if parts else b"", b'],"metadata":', metadata, b"}"))

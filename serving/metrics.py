@@ -1,15 +1,26 @@
-"""Prometheus metrics of the server. The only module that names them."""
+"""Prometheus metrics of the server. The only module that names them.
+
+What every request leaves behind is noted in memory and counted a few times a second (``flush``): a count in a
+file that workers share costs as much as a read of Redis' answer does.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+log = logging.getLogger("banquet.serving")
+
 # Where prometheus_client looks for the counts that workers share.
 _SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+FLUSH_SECONDS = 0.2
 _LATENCY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -84,32 +95,45 @@ class RequestMetrics:
             registry=self.registry,
         )
         self._aliases: dict[str, dict[str, int]] = {}
-        self._children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        self._row_children: dict[tuple[str, int], Counter] = {}
-        self._status_children: dict[tuple[str, str], Counter] = {}
+        self._answered: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+        self._counted: defaultdict[tuple[Counter, str, str], int] = defaultdict(int)
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """Count one answered request."""
-        child = self._children.get((route, status))
-        if child is None:
-            child = self._requests.labels(route, str(status)), self._latency.labels(route)
-            self._children[route, status] = child
-        child[0].inc()
-        child[1].observe(seconds)
+        self._answered[route, status].append(seconds)
 
     def predicted(self, model: str, version: int, rows: int) -> None:
         """Count predicted rows."""
-        child = self._row_children.get((model, version))
-        if child is None:
-            child = self._row_children[model, version] = self._rows.labels(model, str(version))
-        child.inc(rows)
+        self._counted[self._rows, model, str(version)] += rows
 
     def missing(self, feature: str, status: str, values: int) -> None:
         """Count feature values that were not PRESENT."""
-        child = self._status_children.get((feature, status))
-        if child is None:
-            child = self._status_children[feature, status] = self._statuses.labels(feature, status)
-        child.inc(values)
+        self._counted[self._statuses, feature, status] += values
+
+    async def run(self) -> None:
+        """Flush every ``FLUSH_SECONDS`` until cancelled."""
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            try:
+                self.flush()
+            except Exception:
+                log.exception("some counts were lost")
+
+    def flush(self) -> None:
+        """Bring what was noted since the last time to where every worker's ``text`` finds it."""
+        answered, self._answered = self._answered, defaultdict(list)
+        for (route, status), seconds in answered.items():
+            self._requests.labels(route, status).inc(len(seconds))
+            latency = self._latency.labels(route)
+            # As Histogram.observe, which takes one value at a time.
+            latency._sum.inc(sum(seconds))
+            buckets = np.searchsorted(latency._upper_bounds, seconds)
+            for bucket, count in enumerate(np.bincount(buckets).tolist()):
+                if count:
+                    latency._buckets[bucket].inc(count)
+        counted, self._counted = self._counted, defaultdict(int)
+        for (counter, *labels), count in counted.items():
+            counter.labels(*labels).inc(count)
 
     def pushed(self, view: str, written: int, older: int) -> None:
         """Count pushed rows: those written, and those that Redis had a newer one for."""
@@ -146,7 +170,8 @@ class RequestMetrics:
         self._memory.labels(str(worker)).set(resident_bytes)
 
     def text(self) -> bytes:
-        """The metrics of every worker in Prometheus' text format."""
+        """The metrics of every worker in Prometheus' text format: the others' as of their last flush."""
+        self.flush()
         registry = self.registry
         # Importing Feast sets the variable, long after prometheus_client has chosen where to count.
         if values.ValueClass is not values.MutexValue:
