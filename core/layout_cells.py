@@ -15,6 +15,7 @@ import struct
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -194,11 +195,7 @@ def decode_floats(columns: Sequence[Sequence[Cell]], dtype: Dtype) -> list[list[
 
     None where that is not to be had at once: a cell is missing or of another type, or a number is not finite.
     """
-    found = _FLOATS[dtype].block(columns)
-    if found is None or not np.isfinite(found).all():
-        return None
-    values: list[list[float]] = found.reshape(len(columns), -1).tolist()
-    return values
+    return _FLOATS[dtype].values(columns)
 
 
 def floats_json(
@@ -347,7 +344,7 @@ _JSON_CELLS = _Memo(lambda cell: _json_array(_JSON_VALUES[cell]), empty=b"[null]
 _EVENTS = _Memo(decode_timestamp, empty=0, often=False)
 
 # From so many cells on, numpy's fixed cost is less than what it saves: with floats, with varints.
-_FEW, _SOME = 8, 16
+_FEW, _SOME = 8, 24
 
 
 class _Floats:
@@ -366,6 +363,20 @@ class _Floats:
             return self._numbers(b"".join(map(b"".join, columns)), len(columns) * len(columns[0]))  # type: ignore[arg-type]
         except TypeError:  # an absent cell
             return None
+
+    def values(self, columns: Sequence[Sequence[Cell]]) -> list[list[float]] | None:
+        """See ``decode_floats``."""
+        rows = len(columns[0])
+        if rows < _FEW:
+            numbers = self._unpacked(list(chain.from_iterable(columns)))
+            if numbers is None or not math.isfinite(sum(numbers)):
+                return None
+            return [list(numbers[start : start + rows]) for start in range(0, len(numbers), rows)]
+        found = self.block(columns)
+        if found is None or not np.isfinite(found).all():
+            return None
+        values: list[list[float]] = found.reshape(len(columns), -1).tolist()
+        return values
 
     def json(self, columns: Sequence[Sequence[Cell]], hidden: Sequence[int]) -> list[bytes] | None:
         """See ``floats_json``."""
@@ -386,13 +397,10 @@ class _Floats:
 
     def cells(self, cells: Sequence[Cell]) -> list[bytes] | None:
         """See ``json_cells``; None where that is not to be had at once, as in ``json``."""
-        try:
-            joined = b"".join(cells)  # type: ignore[arg-type]
-        except TypeError:  # an absent cell
+        numbers = self._unpacked(cells)
+        if numbers is None:
             return None
-        if not self._fits(joined, len(cells)):
-            return None
-        text = orjson.dumps(struct.unpack("<" + self._code * len(cells), joined))
+        text = orjson.dumps(numbers)
         return None if b"null" in text else text.replace(b",", b"] [").split(b" ")
 
     def column(self, cells: Sequence[Cell], others: _Memo) -> list[Any]:
@@ -412,6 +420,16 @@ class _Floats:
         if cell and len(cell) == self._size and cell[0] == self._tag:
             return self._unpack(cell)[1]
         return others[cell]
+
+    def _unpacked(self, cells: Sequence[Cell]) -> tuple[float, ...] | None:
+        """The numbers of a few cells; None if one is missing or of another type."""
+        try:
+            joined = b"".join(cells)  # type: ignore[arg-type]
+        except TypeError:  # an absent cell
+            return None
+        if not self._fits(joined, len(cells)):
+            return None
+        return struct.unpack("<" + self._code * len(cells), joined)
 
     def _fits(self, joined: bytes, count: int) -> bool:
         # Every cell starts where its predecessor ends, so if each place holds the tag, each has this size.

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +33,7 @@ MATRIX_DTYPES = frozenset(
 _GOLDEN_TOLERANCE = 2 * MAX_DIFFERENCE
 
 
-@dataclass(frozen=True, slots=True)
-class Predictions:
+class Predictions(NamedTuple):
     """Per row a label (a class or a value), and the probability of that class where the model gives one.
 
     ``probabilities`` has shape (rows, classes). What a row in ``errors`` has in the others means nothing.

@@ -346,6 +346,7 @@ class OnlineReader:
 
 def _decode(group: _KeyGroup, hashes: Hashes, now_ns: int, decode: Decoder, into: FeatureVectors) -> None:
     by_field: list[Cells] = list(zip(*hashes, strict=True))
+    values, statuses = into.values, into.statuses
     count = into.rows
     of_all = layout.decode_timestamps(list(chain(*[by_field[slot.timestamp] for slot in group.slots])))
     for position, slot in enumerate(group.slots):
@@ -357,13 +358,11 @@ def _decode(group: _KeyGroup, hashes: Hashes, now_ns: int, decode: Decoder, into
             if rows is None and run.dtype in FLOATS:
                 numbers = layout.decode_floats(found, run.dtype)
                 if numbers is not None:
-                    for name, column in zip(run.names, numbers, strict=True):
-                        into.values[name] = column
-                        into.statuses[name] = None
+                    values.update(zip(run.names, numbers, strict=True))
+                    statuses.update(dict.fromkeys(run.names))
                     continue
             for name, cells in zip(run.names, found, strict=True):
-                values, statuses = contract.apply_status(decode(cells, run.dtype), rows)
-                into.values[name], into.statuses[name] = values, statuses
+                values[name], statuses[name] = contract.apply_status(decode(cells, run.dtype), rows)
 
 
 def _transform(plan: FeaturePlan, available: dict[str, Sequence[Any]], vectors: FeatureVectors) -> None:

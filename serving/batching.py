@@ -38,10 +38,15 @@ class MicroBatcher(Generic[Job, Result]):
         self._waiting: deque[tuple[Job, int, Handover[Result]]] = deque()
         self._under_way = 0
         self._scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = (
+            None  # that of the first job: asking costs a system call
+        )
 
     def submit(self, job: Job, rows: int) -> Handover[Result]:
         """Queue a job of ``rows`` rows; the future holds its result or its own error."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         future: Handover[Result] = Handover(loop=loop)
         self._waiting.append((job, rows, future))
         if not self._scheduled and self._under_way < self._width:

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +44,15 @@ class Share:
         self.variant = variant
         self.rows = rows
 
-    async def predict(
+    def predict(
         self,
         columns: Columns,
         rows: int,
         finish: Callable[[Answer, Columns], Finished],
         request_id: str,  # noqa: ARG002 — a share on trial is remembered by it
-    ) -> list[Finished]:
+    ) -> Awaitable[list[Finished]]:
         """Predict the share's rows as ``ServedModel.predict`` does; ``columns`` are those of the share."""
-        return await self.served.predict(columns, rows, finish)
+        return self.served.predict(columns, rows, finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class Shadow:
 
     def _mirror(self, request_id: str, answers: Sequence[tuple[Answer, Columns]]) -> None:
         for answer, columns in answers:
-            rows = answer.vectors.rows
+            rows = answer.rows
             if self._closed or self._waiting_rows + rows > _SHADOW_WAITING_ROWS:
                 self._metrics.dropped(self.champion.name, rows)
                 continue
@@ -232,7 +232,7 @@ class Shadow:
         rows = 0
         while self._waiting and rows < _SHADOW_BATCH_ROWS:
             batch.append(self._waiting.popleft())
-            rows += batch[-1].answer.vectors.rows
+            rows += batch[-1].answer.rows
         self._waiting_rows -= rows
         return batch
 
@@ -242,14 +242,14 @@ class Shadow:
         else:
             names = batch[0].columns
             columns = {name: [value for one in batch for value in one.columns[name]] for name in names}
-            vectors = await self.challenger.read(columns, sum(one.answer.vectors.rows for one in batch))
+            vectors = await self.challenger.read(columns, sum(one.answer.rows for one in batch))
         began = time.perf_counter()
         predict = self.challenger.predictor.answer
         together = await asyncio.get_running_loop().run_in_executor(self._thread, predict, vectors)
         seconds_per_row = (time.perf_counter() - began) / vectors.rows
         start = 0
         for mirrored in batch:
-            rows = mirrored.answer.vectors.rows
+            rows = mirrored.answer.rows
             answer = together.slice(start, start + rows)
             start += rows
             _observe(self.recorder, CHALLENGER, [answer], rows * seconds_per_row)
@@ -308,7 +308,7 @@ def _observe(recorder: TrialRecorder, variant: str, answers: Sequence[Answer], s
     errors = rows = 0
     scores: list[float] = []
     for answer in answers:
-        rows += answer.vectors.rows
+        rows += answer.rows
         errors += sum(isinstance(error, PredictionFailed) for error in answer.errors.values())
         if answer.scores is not None:
             good = answer.scores
@@ -328,7 +328,7 @@ def _remember(
     """Let the recorder keep the predictions of one request for the labels that may come."""
     start = 0
     for answer, _ in answers:
-        stop = start + answer.vectors.rows
+        stop = start + answer.rows
         places = range(start, stop) if rows is None else rows[start:stop]
         predictions, scores = answer.predictions, answer.scores
         if answer.errors:
@@ -344,7 +344,7 @@ def _outcomes(answer: Answer) -> tuple[Sequence[Any], Sequence[float | None] | N
     predictions, scores = answer.predictions, answer.scores
     if not answer.errors:
         return predictions, scores
-    rows = range(answer.vectors.rows)
+    rows = range(answer.rows)
     bad = answer.errors
     return (
         [None if row in bad else predictions[row] for row in rows],

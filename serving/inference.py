@@ -385,18 +385,18 @@ def _without_errors(values: Sequence[Any], answer: Answer) -> list[Any]:
 
 def _missing(answer: Answer) -> list[str]:
     """Per row a JSON object of the features that are not PRESENT and their statuses."""
-    present, missing = FeatureStatus.PRESENT, answer.missing()
+    present, missing = FeatureStatus.PRESENT, answer.missing
     if not missing:
-        return ["{}"] * answer.vectors.rows
+        return ["{}"] * answer.rows
     return [
         orjson.dumps({name: s[row].name for name, s in missing if s[row] is not present}).decode()
-        for row in range(answer.vectors.rows)
+        for row in range(answer.rows)
     ]
 
 
 def _error(answer: Answer) -> list[str]:
     """Per row a JSON object that says why it has no prediction, empty where it has one."""
-    texts = [""] * answer.vectors.rows
+    texts = [""] * answer.rows
     for row, error in answer.errors.items():
         said = {"code": error.code, "detail": error.message, **row_error(error)}
         texts[row] = orjson.dumps(said, default=str).decode()

@@ -117,8 +117,8 @@ def _rows(
     if len(keys) == 1:
         entities = [{keys[0]: value} for value in columns[keys[0]]]
     else:
-        entities = [{key: columns[key][i] for key in keys} for i in range(answer.vectors.rows)]
-    missing = answer.missing()
+        entities = [{key: columns[key][i] for key in keys} for i in range(answer.rows)]
+    missing = answer.missing
     if not missing and not answer.errors and not explain:
         return [
             {"entity": entity, "prediction": prediction, "confidence": confidence, "missing": {}}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -28,33 +27,43 @@ from serving.metrics import RequestMetrics
 _INLINE_PREDICT_S = 0.002
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The outcome for one request's rows, by column.
+class Answer(NamedTuple):
+    """The outcome for ``rows`` rows, by column: those from ``first`` on of the ones read ``together``.
 
     ``predictions[i]``, ``confidences[i]`` and ``scores[i]`` mean nothing where ``errors`` has row i. A score
     is what a distribution of answers is made of: the probability of the second of two classes, of the
-    predicted one of several, or a regressor's value; None where the model has only classes.
+    predicted one of several, or a regressor's value; None where the model has only classes. ``missing``
+    gives the columns in which some value read is not PRESENT, with the status of each row.
     """
 
-    vectors: FeatureVectors
+    together: FeatureVectors
+    first: int
+    rows: int
     predictions: Sequence[Any]
     confidences: Sequence[float | None]
     scores: Sequence[float] | None
     errors: dict[int, BanquetError]
+    missing: list[tuple[str, list[FeatureStatus]]]
 
-    def missing(self) -> list[tuple[str, list[FeatureStatus]]]:
-        """The columns in which some value is not PRESENT, with the status of each row."""
-        return [(name, statuses) for name, statuses in self.vectors.statuses.items() if statuses]
+    @property
+    def vectors(self) -> FeatureVectors:
+        """The features; cut out when asked for, as most answers do without."""
+        return self.together.slice(self.first, self.first + self.rows)
 
     def slice(self, start: int, stop: int) -> Answer:
         """The rows from ``start`` to before ``stop``."""
+        errors = self.errors
+        if errors:
+            errors = {row - start: error for row, error in errors.items() if start <= row < stop}
         return Answer(
-            self.vectors.slice(start, stop),
+            self.together,
+            self.first + start,
+            stop - start,
             self.predictions[start:stop],
             self.confidences[start:stop],
             None if self.scores is None else self.scores[start:stop],
-            {row - start: error for row, error in self.errors.items() if start <= row < stop},
+            errors,
+            [(name, statuses[start:stop]) for name, statuses in self.missing],
         )
 
 
@@ -154,10 +163,13 @@ class VectorPredictor:
         confidences = predicted.confidences
         return Answer(
             vectors,
+            0,
+            vectors.rows,
             predicted.labels,
             confidences if confidences is not None else [None] * vectors.rows,
             self._scores(predicted),
             errors,
+            [(name, statuses) for name, statuses in vectors.statuses.items() if statuses],
         )
 
     def _scores(self, predicted: Predictions) -> Sequence[float] | None:
@@ -172,8 +184,8 @@ class VectorPredictor:
     def count(self, answer: Answer) -> None:
         """Count an answer that goes to a client."""
         manifest = self._model.manifest
-        self._metrics.predicted(manifest.name, manifest.version, answer.vectors.rows)
-        for name, statuses in answer.missing():
+        self._metrics.predicted(manifest.name, manifest.version, answer.rows)
+        for name, statuses in answer.missing:
             for status in set(statuses) - {FeatureStatus.PRESENT}:
                 self._metrics.missing(name, status.name, statuses.count(status))
 
@@ -205,16 +217,16 @@ class ServedModel:
             partial(_read_and_predict, reader, plan, self.predictor), slice_rows=slice_rows
         )
 
-    async def predict(
+    def predict(
         self, columns: Columns, rows: int, finish: Callable[[Answer, Columns], Finished]
-    ) -> list[Finished]:
+    ) -> Awaitable[list[Finished]]:
         """Predict ``rows`` checked entities; ``finish`` is called with each slice's answer and columns.
 
         Raises:
             RedisUnavailable: Redis did not answer.
             Overloaded: too many reads are waiting.
         """
-        return await self._batcher.run(columns, rows, finish)
+        return self._batcher.run(columns, rows, finish)
 
 
 async def _read_and_predict(
