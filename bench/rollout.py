@@ -137,7 +137,7 @@ def main() -> None:
             kind: stack.enter_context(running(server(scene, kind), scene)) for kind in (NONE, CANARY, SHADOW)
         }
         record["checks"] = check_answers(up)
-        record["load"] = measure_load(up, targets, shapes, options.seconds, options.rounds, ratios)
+        record["load"] = measure_load(scene, up, targets, shapes, options.seconds, options.rounds, ratios)
     text = table(record)
     print(text)
     if options.dry:

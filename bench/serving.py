@@ -1,4 +1,4 @@
-"""Online features and predictions over HTTP: Banquet, `feast serve`, the tutorial server, the limit.
+"""Online features and predictions over HTTP: Banquet, `feast serve`, the tutorial server, the limits.
 
     python bench/serving.py [--seconds 4] [--rounds 3] [--shapes 1x8,50x8] [--scratch DIR] [--keep]
 
@@ -67,6 +67,7 @@ TARGETS = (
     Target("feast serve", "feast", "/get-online-features", "features"),
     Target("banquet features", "banquet", "/get-online-features", "features"),
     Target("canned answer", "canned", "/", "features"),
+    Target("raw pipeline", "redis", "", ""),
     Target("tutorial predict", "tutorial", "/predict", "rows"),
     Target("banquet predict", "banquet", "/predict", "rows"),
 )
@@ -232,7 +233,18 @@ def wrk(target: Target, url: str, entities: int, connections: int, seconds: floa
     return {**found, "rps": found["requests"] / found["seconds"]}
 
 
+def raw_pipeline(scene: Userbase, entities: int, connections: int, seconds: float) -> dict[str, float]:
+    """One turn of the same reads without a server: see bench/raw_pipeline.py."""
+    command = [sys.executable, str(HERE / "raw_pipeline.py"), str(entities), str(connections), str(seconds)]
+    done = subprocess.run(
+        command, env=scene.environment, cwd=scene.repo, capture_output=True, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def measure_load(
+    scene: Userbase,
     up: dict[str, Running],
     targets: tuple[Target, ...],
     shapes: list[tuple[int, int]],
@@ -246,10 +258,14 @@ def measure_load(
         turns: dict[str, list[dict[str, float]]] = {target.name: [] for target in targets}
         for turn in range(rounds + 1):
             for target in targets:
-                server = up[target.server]
-                cpu = server.cpu_seconds()
-                found = wrk(target, server.url, entities, connections, seconds if turn else 1.0)
-                found["cpu_us"] = (server.cpu_seconds() - cpu) / found["requests"] * 1e6
+                duration = seconds if turn else 1.0
+                if target.server == "redis":
+                    found = raw_pipeline(scene, entities, connections, duration)
+                else:
+                    server = up[target.server]
+                    cpu = server.cpu_seconds()
+                    found = wrk(target, server.url, entities, connections, duration)
+                    found["cpu_us"] = (server.cpu_seconds() - cpu) / found["requests"] * 1e6
                 if turn:  # the first is for warming up
                     turns[target.name].append(found)
         cell: dict[str, Any] = {"entities": entities, "connections": connections, "targets": {}}
@@ -281,6 +297,7 @@ def _ratios(turns: dict[str, list[dict[str, float]]]) -> dict[str, float]:
         "features_to_stock": ratio("banquet features", "feast serve"),
         "features_p99_to_stock": ratio("feast serve", "banquet features", "p99_ms"),
         "features_to_limit": ratio("banquet features", "canned answer"),
+        "features_to_pipeline": ratio("banquet features", "raw pipeline"),
         "predict_to_tutorial": ratio("banquet predict", "tutorial predict"),
         "predict_p99_to_tutorial": ratio("tutorial predict", "banquet predict", "p99_ms"),
         "predict_to_features": ratio("banquet predict", "banquet features"),
@@ -340,10 +357,11 @@ def tables(record: dict[str, Any]) -> str:
             rows.append(
                 [
                     f"{cell['entities']}, {cell['connections']}",
-                    *(_speed(shown.get(target.name)) for target in TARGETS[:3]),
+                    *(_speed(shown.get(target.name)) for target in TARGETS[:4]),
                     _times(ratios.get("features_to_stock")),
                     _times(ratios.get("features_p99_to_stock")),
                     _times(ratios.get("features_to_limit")),
+                    _times(ratios.get("features_to_pipeline")),
                 ]
             )
         header = [
@@ -351,16 +369,20 @@ def tables(record: dict[str, Any]) -> str:
             "`feast serve`",
             "Banquet",
             "limit: canned answer",
+            "limit: raw pipeline",
             "req/s to stock",
+            "p99 to stock",
+            "to canned answer",
+            "to raw pipeline",
         ]
-        parts.append(report.table([*header, "p99 to stock", "req/s to limit"], rows))
+        parts.append(report.table(header, rows))
         rows = []
         for cell in record["load"]:
             shown, ratios = cell["targets"], cell["ratios"]
             rows.append(
                 [
                     f"{cell['entities']}, {cell['connections']}",
-                    *(_speed(shown.get(target.name)) for target in TARGETS[3:]),
+                    *(_speed(shown.get(target.name)) for target in TARGETS[4:]),
                     _times(ratios.get("predict_to_tutorial")),
                     _times(ratios.get("predict_p99_to_tutorial")),
                     _times(ratios.get("predict_to_features")),
@@ -469,7 +491,7 @@ def main() -> None:
             with ExitStack() as stack:
                 known = {server.name: server for server in servers(canned)}
                 up = {"banquet": stack.enter_context(running(known["banquet"], scene))}
-                for name in {target.server for target in targets} - {"banquet", "canned"}:
+                for name in {target.server for target in targets} - {"banquet", "canned", "redis"}:
                     up[name] = stack.enter_context(running(known[name], scene))
                 if {"feast", "tutorial"} <= set(up):
                     record["checks"] = check_answers(up)
@@ -481,7 +503,7 @@ def main() -> None:
                     with running(known["canned"], scene) as up["canned"]:
                         of_this_size = [shape for shape in shapes if shape[0] == entities]
                         record["load"] += measure_load(
-                            up, targets, of_this_size, options.seconds, options.rounds, _ratios
+                            scene, up, targets, of_this_size, options.seconds, options.rounds, _ratios
                         )
         if "workers" in parts:
             record["workers"] = measure_workers(scene, canned, options.seconds, options.rounds)

@@ -41,7 +41,7 @@ def test_workers_share_the_port_and_the_counts_and_end_together(repo: Path) -> N
             assert ask(connection, BODY)[1]["results"][1]["values"] == VALUES[1]
             connection.close()
         asked = ('route="/get-online-features"', 'status="200"')
-        wait(lambda: server.metric("banquet_requests_total", *asked) == 40.0, "both have counted")
+        wait_until(lambda: server.metric("banquet_requests_total", *asked) == 40.0, "both have counted")
         assert server.metric("banquet_worker_memory_bytes", 'worker="0"') > 30e6
         assert server.metric("banquet_worker_memory_bytes", 'worker="1"') > 30e6
         server.process.send_signal(signal.SIGTERM)
@@ -82,7 +82,7 @@ def test_no_request_fails_while_workers_are_replaced_every_200_requests(repo: Pa
         assert seen.closed > 0
         asked = ('route="/get-online-features"', 'status="200"')
         expected = seen.answers[200] + 2
-        wait(lambda: server.metric("banquet_requests_total", *asked) == expected, "all have counted")
+        wait_until(lambda: server.metric("banquet_requests_total", *asked) == expected, "all have counted")
 
 
 def test_a_worker_past_its_memory_limit_is_replaced_without_a_failed_request(repo: Path) -> None:
