@@ -83,7 +83,7 @@ def start(
     "--disagreements",
     type=click.IntRange(1),
     metavar="N",
-    help="The newest N rows on which a shadow and the champion disagree, of the last shadow if it has ended.",
+    help="The newest N rows on which the last shadow and the champion disagreed.",
 )
 @click.pass_obj
 def status(ctx: Context, name: str, watch: bool, disagreements: int | None) -> None:
@@ -97,24 +97,22 @@ def status(ctx: Context, name: str, watch: bool, disagreements: int | None) -> N
     repository = FeastRepository.open(ctx.repo)
     registry = open_registry(ctx)
     with repository.redis.session() as client:
+
+        def report(data: dict[str, Any], text: str) -> None:
+            if disagreements is not None:
+                shadow = _last_shadow(registry, name)
+                trial = TrialName(repository.project, name, shadow.id)
+                rows = data["disagreements"] = read_disagreements(client, trial, most=disagreements)
+                text = "\n".join([text, *_disagreement_lines(shadow, rows)])
+            ctx.report(data, text)
+
         while (change := registry.latest(name)) is not None and change.rollout is not None:
             sight = look_at(client, repository.project, name, change.rollout, datetime.now(tz=UTC))
-            data, text = sight.as_json(), _status_text(sight)
-            if disagreements is not None:
-                trial = TrialName(repository.project, name, _shadow(change.rollout, name).id)
-                data["disagreements"] = read_disagreements(client, trial, most=disagreements)
-                text += _disagreements_text(data["disagreements"])
-            ctx.report(data, text)
+            report(sight.as_json(), _status_text(sight))
             if not watch:
                 return
             time.sleep(2)
-        data, text = _none_under_way(registry, name)
-        if disagreements is not None:
-            ended = [entry.rollout for entry in registry.history(name) if entry.rollout is not None]
-            trial = TrialName(repository.project, name, _shadow(ended[-1] if ended else None, name).id)
-            data["disagreements"] = read_disagreements(client, trial, most=disagreements)
-            text += _disagreements_text(data["disagreements"])
-    ctx.report(data, text)
+        report(*_none_under_way(registry, name))
 
 
 @rollout.command()
@@ -200,26 +198,27 @@ def _none_under_way(registry: ModelRegistry, name: str) -> tuple[dict[str, Any],
     return {"model": name, "rollout": None, "last": last and change_data(last)}, text.rstrip()
 
 
-def _shadow(rollout: Rollout | None, name: str) -> Rollout:
+def _last_shadow(registry: ModelRegistry, name: str) -> Rollout:
     from core.errors import Conflict
 
-    if rollout is None or rollout.kind != "shadow":
-        raise Conflict(
-            f"The last rollout of model {name!r} is no shadow; only a shadow predicts the champion's rows.",
-            hint=f"Start one: `banquet rollout start {name} --kind shadow`.",
-        )
-    return rollout
+    for entry in reversed(registry.history(name)):
+        if entry.rollout is not None and entry.rollout.kind == "shadow":
+            return entry.rollout
+    raise Conflict(
+        f"Model {name!r} has had no shadow, and only a shadow predicts the champion's rows.",
+        hint=f"Start one: `banquet rollout start {name} --kind shadow`.",
+    )
 
 
-def _disagreements_text(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return "\n  no row on which they disagree is kept"
-    lines = []
+def _disagreement_lines(shadow: Rollout, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"  disagreements of the shadow of version {shadow.version}: {'' if rows else 'none kept'}".rstrip()
+    ]
     for row in rows:
         keys = ", ".join(f"{name}={value}" for name, value in row["entity"].items())
         said = ", ".join(f"{variant} {_said(row[variant])}" for variant in ("champion", "challenger"))
-        lines.append(f"\n  {keys}: {said}; request {row['request_id']}")
-    return "".join(lines)
+        lines.append(f"    {keys}: {said}; request {row['request_id']}")
+    return lines
 
 
 def _said(answer: dict[str, Any]) -> str:
@@ -258,7 +257,7 @@ def _judge_text(sight: Sight) -> str:
         return f"{sight.said} at {looks}, the last of this step: a person decides, advance or abort"
     waits = []
     if sight.challenger.rows < rows:
-        waits.append(f"the challenger's row {rows:,}, it has {sight.challenger.rows:,}")
+        waits.append(f"{rows:,} rows of the challenger (so far {sight.challenger.rows:,})")
     if rollout.limits.get("require_labels"):
         waits.append("labels of both")
     if sight.seconds < step.min_seconds:

@@ -310,7 +310,7 @@ def test_without_traffic_a_rollout_waits(one: Scene) -> None:
         await until(lambda: one.serves()[1] is not None, "the rollout has begun")
         await asyncio.sleep(3)  # as many turns of the judge
         told = await one.banquet("rollout", "status", MODEL)
-        assert "judge      looks next after the challenger's row 400, it has 0" in told
+        assert "judge      looks next after 400 rows of the challenger (so far 0)" in told
         assert one.latest.action == "start canary"
         await one.banquet("rollout", "abort", MODEL)
 
