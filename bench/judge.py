@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import report  # noqa: E402 — the folder is no package: its files are scripts
 
 from core import intervals  # noqa: E402
-from core.judge import Limits, judge  # noqa: E402
+from core.judge import judge  # noqa: E402
 from core.observed import (  # noqa: E402
     LATENCY_EDGES_SECONDS,
     LEAST_PROBABILITY,
@@ -37,6 +37,7 @@ from core.observed import (  # noqa: E402
     Moments,
     Observed,
 )
+from core.verdict import Limits  # noqa: E402
 
 Array = NDArray[Any]
 

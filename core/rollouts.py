@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from core import traffic
 from core.errors import Conflict, InvalidRequest, ModelNotFound
-from core.judge import Limits
 from core.manifest import ModelManifest
 from core.registry import CHALLENGER, CHAMPION, Change, ModelRegistry
 from core.traffic import Rollout, Step
+from core.verdict import Limits
 
 CANARY_PERCENTS = (5.0, 25.0, 50.0, 100.0)
 SHADOW_PERCENTS = (100.0,)

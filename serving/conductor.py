@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from core import records, rollouts
 from core.errors import BanquetError, Conflict, ModelNotFound, RedisUnavailable
-from core.judge import LATENCY_CHECKS, Limits, Verdict, judge
+from core.judge import judge
 from core.observed import Observed
 from core.redis import RedisAddress
 from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.traffic import Rollout
+from core.verdict import LATENCY_CHECKS, Limits, Verdict
 from serving.trial_store import (
     Comparison,
     TrialName,

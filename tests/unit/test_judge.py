@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from core import intervals
 from core.errors import InvalidRequest
-from core.judge import CHECKS, LATENCY_CHECKS, Limits, judge
+from core.judge import judge
 from core.observed import (
     LATENCY_EDGES_SECONDS,
     PROBABILITY_EDGES,
@@ -26,6 +26,7 @@ from core.observed import (
     histogram,
     value_edges,
 )
+from core.verdict import CHECKS, LATENCY_CHECKS, Limits
 
 LAST = {"look": 5, "looks": 10}
 
