@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,12 +66,21 @@ def _training_text(report: TrainingReport) -> str:
     for row, values in rows.items():
         cells = "".join(f"{values[name]:>19.4f}" if name in values else f"{'':>19}" for name in names)
         lines.append(f"  {row.replace('_', ' '):<20}{cells}")
-    verdict = "beats every baseline" if report.beats_baselines else "does NOT beat every baseline"
+    judgement = report.judgement
+    verdict = "beats every baseline" if judgement.beats else "does NOT beat every baseline"
     lines.append(
-        f"  Version {manifest.version} {verdict}; registered as {report.alias}, "
+        f"  Version {manifest.version} {verdict} in {_spoken(judgement.by)}; registered as {report.alias}, "
         f"runs as {manifest.compiled.form}."
     )
+    lines += [
+        f"  In {_spoken([metric])} it does not beat {_spoken(names)}."
+        for metric, names in judgement.not_better.items()
+    ]
     return "\n".join(lines)
+
+
+def _spoken(names: Sequence[str]) -> str:
+    return " and ".join(name.replace("_", " ") for name in names)
 
 
 @main.group()

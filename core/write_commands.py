@@ -21,6 +21,7 @@ from core.layout_rows import Commands, EncodedRows, assemble, bulk_string, comma
 
 SLICE_BYTES = 1 << 20
 _SLOTS = 16384
+CREATED_DIGITS = 20
 
 # Answers with the number of rows written; -1 if the lease is lost.
 COMPARE_AND_WRITE = b"""

@@ -28,8 +28,8 @@ from materialization.apply import ApplyPlan, Change
 from materialization.claims import Claims, view_of
 from materialization.clean import answers, servers
 from materialization.load import row_encoder
-from materialization.memory import SAMPLE_ROWS, estimate_bytes
-from materialization.views import as_us, needs_feast, open_source
+from materialization.memory import SAMPLE_ROWS, estimate
+from materialization.views import as_us, needs_feast, open_source, settles_ties_by_created
 from materialization.window import EVENT_NS, ViewSource, Window
 
 if TYPE_CHECKING:
@@ -173,7 +173,9 @@ def _growth(repository: FeastRepository, planned: ApplyPlan, change: Change, cli
         if client is None:
             return gained
         sample = _sample(con, source, window)
-        return replace(gained, bytes=_bytes(client, repository.project, source.view, gained, sample))
+        dated = settles_ties_by_created(view)
+        size = _bytes(client, repository.project, source.view, gained, sample, dated=dated)
+        return replace(gained, bytes=size)
     except BanquetError as exc:
         return replace(gained, unknown=str(exc.message))
     finally:
@@ -204,12 +206,14 @@ def _named(source: ViewSource) -> str:
     return " AND ".join(f"{column} IS NOT NULL" for column in columns) or "true"
 
 
-def _bytes(client: Any, project: str, view: View, gained: Growth, sample: pa.Table) -> int:
+def _bytes(client: Any, project: str, view: View, gained: Growth, sample: pa.Table, *, dated: bool) -> int:
     if not gained.rows or not len(sample):
         return 0
     if not gained.features:
         encoded = row_encoder(project, view).encode(sample)
-        return estimate_bytes(client, gained.rows, encoded, view.stored_name)
+        return estimate(
+            client, gained.rows, encoded, view.stored_name, dated_in=project if dated else None
+        ).bytes
     # New fields in rows that are there: what rows with them take more than rows without. Under a name that no
     # view has, so that no row is found and taken for one that costs nothing.
     new = replace(
@@ -217,7 +221,7 @@ def _bytes(client: Any, project: str, view: View, gained: Growth, sample: pa.Tab
     )
     bare = replace(new, features=())
     with_features, without = (
-        estimate_bytes(client, gained.rows, row_encoder(project, each).encode(sample), each.stored_name)
+        estimate(client, gained.rows, row_encoder(project, each).encode(sample), each.stored_name).bytes
         for each in (new, bare)
     )
     return with_features - without

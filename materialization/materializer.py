@@ -25,7 +25,7 @@ from materialization.distribution import profile
 from materialization.gate import GateResult, Limits, judge
 from materialization.ledger import Ledger, Loaded, Unfinished
 from materialization.load import load, row_encoder
-from materialization.memory import SAMPLE_ROWS, estimate_bytes
+from materialization.memory import SAMPLE_ROWS, Estimate, estimate
 from materialization.plan import MICROSECOND, WHOLE, Due, due, due_window, plan_digest
 from materialization.processes import scratch_folder
 from materialization.report import Observer, Progress, ViewReport, joined
@@ -164,12 +164,13 @@ class Materializer:
         """Of the view's definition and its source's files."""
         return views.definition_digest(view, self._config), views.source_fingerprint(view, self._config)
 
-    def estimate(self, client: Any, staged: Staged) -> int:
-        """What the staged rows will add to Redis's memory, in bytes."""
+    def estimate(self, client: Any, staged: Staged, *, dated: bool) -> Estimate:
+        """What the staged rows will add to Redis's memory; ``dated``: with created times beside them."""
         if not staged.rows:
-            return 0
+            return Estimate()
+        name = staged.view.stored_name
         sample = row_encoder(self.project, staged.view).encode(staged.sample(SAMPLE_ROWS))
-        return estimate_bytes(client, staged.rows, sample, staged.view.stored_name)
+        return estimate(client, staged.rows, sample, name, dated_in=self.project if dated else None)
 
 
 class _Task:
@@ -191,6 +192,7 @@ class _Task:
         self._started = time.monotonic()
         self._ttl = view.ttl or timedelta(0)
         self._dated = bool(view.batch_source.created_timestamp_column)
+        self._settles_ties = views.settles_ties_by_created(view)
         self._definition, self._source = materializer.digests(view)
 
     def run(self, fence: Fence) -> ViewReport:
@@ -215,8 +217,8 @@ class _Task:
         staged = source.stage(wanted.window, partitions)
         gate = self._judge(wanted, source, staged, nameless)
         run = self._planned(wanted, staged, partitions)
-        estimate = self._materializer.estimate(self._ledger.client, staged)
-        return self._report(run, staged, WriteResult(), gate=gate, estimate=estimate)
+        needed = self._materializer.estimate(self._ledger.client, staged, dated=self._settles_ties)
+        return self._report(run, staged, WriteResult(), gate=gate, needed=needed)
 
     def due(self) -> Due:
         """What the ledger and the request make due."""
@@ -260,7 +262,7 @@ class _Task:
     def _judge(self, wanted: Due, source: ViewSource, staged: Staged, nameless: int) -> GateResult:
         loaded = self._ledger.loaded()
         # Under another ttl another share of the rows counts: nothing to compare their number with.
-        same_ttl = loaded is None or loaded.ttl_us in (None, self._ttl // MICROSECOND)
+        same_ttl = loaded is None or loaded.ttl_us == self._ttl // MICROSECOND
         gate = judge(
             staged,
             source.feature_types,
@@ -317,7 +319,7 @@ class _Task:
                 staged,
                 writer,
                 skip=run.rows_done,
-                settle_ties_by_created=self._dated and views.takes_pushes(self._view),
+                settle_ties_by_created=self._settles_ties,
                 fence=fence,
                 done=done,
             )
@@ -346,7 +348,7 @@ class _Task:
         *,
         gate: GateResult | None,
         error: BanquetError | None = None,
-        estimate: int | None = None,
+        needed: Estimate | None = None,
     ) -> ViewReport:
         start_us, newest = run.window.start_us, staged.newest_event_us
         return ViewReport(
@@ -361,7 +363,8 @@ class _Task:
             seconds=time.monotonic() - self._started,
             newest_event=None if newest is None else views.as_datetime(newest),
             gate=gate,
-            memory_bytes=estimate,
+            memory_bytes=needed.bytes if needed else None,
+            key_bytes=needed.key_bytes if needed else 0,
             error=error,
         )
 

@@ -7,6 +7,7 @@ of the sizes: ``listpack.c`` and ``server.h`` of Redis 7 and Valkey 8 and 9, jem
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 from core import layout
 from core.layout_rows import EncodedRows
+from core.redis_cluster import SLOTS
+from core.write_commands import CREATED_DIGITS, created_times_key
 from materialization.load import stored_cells
 
 SAMPLE_ROWS = 500
@@ -52,35 +55,63 @@ class _Server:
         return _SIZE_CLASSES[place] if place < len(_SIZE_CLASSES) else size
 
 
-def estimate_bytes(client: Any, rows: int, sample: EncodedRows, stored_view: str) -> int:
-    """What writing ``rows`` rows like the ``sample`` will add to Redis's memory, in bytes.
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes that rows will add to Redis's memory.
 
-    Looks which of the sample's keys and rows are there already: those cost nothing, or only their fields.
-    ``client`` is a blocking redis-py client.
+    ``key_bytes`` of them are for keys that are not there yet: views that share keys pay them once.
+    """
+
+    bytes: int = 0
+    key_bytes: int = 0
+
+
+def estimate(
+    client: Any, rows: int, sample: EncodedRows, stored_view: str, *, dated_in: str | None = None
+) -> Estimate:
+    """What writing ``rows`` rows like the ``sample`` will add to Redis's memory.
+
+    Looks which of the sample's keys and rows are there already: rows cost nothing, keys only the new fields.
+    ``dated_in`` is the project where created times are kept beside the rows. ``client`` is a blocking
+    redis-py client.
     """
     if not rows:
-        return 0
+        return Estimate()
     server = _server(client)
     keys = sample.keys()
+    created_keys = [] if dated_in is None else [created_times_key(dated_in, stored_view, key) for key in keys]
     pipeline = client.pipeline(transaction=False)
     for key in keys:
         pipeline.hmget(key, [layout.timestamp_field(stored_view)])
-        pipeline.memory_usage(key)
+        pipeline.memory_usage(key, samples=0)
+        pipeline.hlen(key)
+    for key in created_keys:
+        pipeline.exists(key)
     replies = pipeline.execute()
-    total = 0
+    known = replies[3 * len(keys) :]
     names = [b"    "] * sample.field_count
     names[0] = layout.timestamp_field(stored_view)
-    for key, cells, (event,), used in zip(
-        keys, stored_cells(sample), replies[::2], replies[1::2], strict=True
-    ):
-        parts = [part for pair in zip(names, cells, strict=True) for part in pair]
+    total = key_bytes = 0
+    new: list[int] = []
+    rows_cells = stored_cells(sample)
+    for row, (key, cells) in enumerate(zip(keys, rows_cells, strict=True)):
+        (event,), used, length = replies[3 * row : 3 * row + 3]
         if event is not None:
             continue
-        if used is not None:
-            total += sum(map(_listpack_entry, parts))
-        else:
+        new.append(row)
+        parts = [part for pair in zip(names, cells, strict=True) for part in pair]
+        if used is None:
             total += _hash_bytes(key, parts, server)
-    return round(total * rows / len(keys))
+            key_bytes += _hash_bytes(key, [], server)
+        else:
+            total += _grown_bytes(key, parts, server, used, length)
+    scale = rows / len(keys)
+    beside = 0.0
+    if created_keys and new:
+        absent = sum(not known[row] for row in new) / len(new)
+        pair = [keys[new[0]], b" " * CREATED_DIGITS + rows_cells[new[0]][0]]
+        beside = _created_bytes(len(new) * scale, absent, created_keys[new[0]], pair, server)
+    return Estimate(round(total * scale + beside), round(key_bytes * scale))
 
 
 def _server(client: Any) -> _Server:
@@ -103,10 +134,49 @@ def _server(client: Any) -> _Server:
 
 def _hash_bytes(key: bytes, parts: Sequence[bytes], server: _Server) -> int:
     total = _KEY_OVERHEAD + server.allocated(len(key) + 12)
-    if len(parts) // 2 <= server.entries and max(map(len, parts)) <= server.value_bytes:
+    if _is_compact(parts, server):
         return total + server.allocated(_LISTPACK_OVERHEAD + sum(map(_listpack_entry, parts)))
+    return total + _TABLE_OVERHEAD + _table_bytes(parts, server)
+
+
+def _grown_bytes(key: bytes, parts: Sequence[bytes], server: _Server, used: int, length: int) -> int:
+    """What ``parts`` add to a hash of ``length`` fields that takes ``used`` bytes."""
+    compact = length <= server.entries and used <= _hash_bytes(
+        key, [b" " * server.value_bytes] * 2 * length, server
+    )
+    if not compact:
+        return _table_bytes(parts, server)
+    if _is_compact(parts, server) and length + len(parts) // 2 <= server.entries:
+        return sum(map(_listpack_entry, parts))
+    # It becomes a table: so do the fields that are there, whose names have four bytes.
+    value = b" " * max(1, (used - _hash_bytes(key, [], server)) // length - _listpack_entry(b"    ") - 2)
+    return _TABLE_OVERHEAD + _table_bytes([*parts, *[b"    ", value] * length], server) - used
+
+
+def _created_bytes(rows: float, absent: float, key: bytes, pair: Sequence[bytes], server: _Server) -> float:
+    """What the created times of ``rows`` new rows take, one hash a slot, each a ``pair`` of field and value.
+
+    ``absent`` is the share of rows whose hash is not there yet.
+    """
+    hashes = SLOTS * -math.expm1(rows * math.log1p(-1 / SLOTS))
+    each = rows / hashes
+    if max(map(len, pair)) <= server.value_bytes and each <= server.entries:
+        entry = sum(map(_listpack_entry, pair))
+        bare = _KEY_OVERHEAD + server.allocated(len(key) + 12)
+        fresh = bare + server.allocated(_LISTPACK_OVERHEAD + round(each * entry))
+    else:
+        entry = _table_bytes(pair, server)
+        fresh = round(_hash_bytes(key, [], server) + _TABLE_OVERHEAD + each * entry)
+    return absent * hashes * fresh + (1 - absent) * rows * entry
+
+
+def _is_compact(parts: Sequence[bytes], server: _Server) -> bool:
+    return len(parts) // 2 <= server.entries and max(map(len, parts), default=0) <= server.value_bytes
+
+
+def _table_bytes(parts: Sequence[bytes], server: _Server) -> int:
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    return total + _TABLE_OVERHEAD + sum(_table_entry(field, value, server) for field, value in pairs)
+    return sum(_table_entry(field, value, server) for field, value in pairs)
 
 
 def _table_entry(field: bytes, value: bytes, server: _Server) -> int:

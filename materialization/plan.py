@@ -67,6 +67,8 @@ def due(
         return everything("full reload: the definition has changed")
     if rows_are_gone:
         return everything("full reload: the rows are gone from Redis")
+    if loaded.ttl_us is None:
+        return everything("full reload: the ledger does not say for which ttl the rows were loaded")
     if _raised(loaded, ttl):
         return everything("full reload: the ttl was raised")
     if end_us <= loaded.event_us:
@@ -98,9 +100,9 @@ def due_window(
 
 def _raised(loaded: Loaded, ttl: timedelta) -> bool:
     """Whether rows count now that were too old for the last load, or were cleaned away since as expired."""
-    if not loaded.ttl_us:
-        return False
-    return not ttl or ttl // MICROSECOND > loaded.ttl_us
+    if loaded.ttl_us is None:
+        return True  # nobody knows
+    return bool(loaded.ttl_us) and (not ttl or ttl // MICROSECOND > loaded.ttl_us)
 
 
 def plan_digest(window: Window, *, definition: str, source: str | None, **staging: object) -> str | None:

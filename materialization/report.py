@@ -35,7 +35,8 @@ class ViewReport:
     """What a run did for one view. Times are UTC.
 
     ``rows`` were due, one per key; ``older`` of them met a newer row in Redis. ``memory_bytes`` is a dry
-    run's estimate of what Redis will need. ``error`` is None unless the view failed.
+    run's estimate of what Redis will need, ``key_bytes`` of it for keys that are not there yet. ``error`` is
+    None unless the view failed.
     """
 
     view: str
@@ -50,6 +51,7 @@ class ViewReport:
     newest_event: datetime | None = None
     gate: GateResult | None = None
     memory_bytes: int | None = None
+    key_bytes: int = 0
     error: BanquetError | None = None
 
     @property

@@ -74,7 +74,25 @@ def materialize(
         return run.load(view, request)
 
     with ThreadPoolExecutor(PARALLEL, "banquet-materialize") as executor:
-        return RunReport(tuple(executor.map(load, chosen)))
+        reports = list(executor.map(load, chosen))
+    return RunReport(tuple(_keys_once(chosen, reports)))
+
+
+def _keys_once(chosen: Sequence[Any], reports: Sequence[ViewReport]) -> list[ViewReport]:
+    """A dry run's reports, the memory of a key that several views will create counted with one of them.
+
+    Taken as if the keys of one view were all among those of the view under the same join keys that has most.
+    """
+    paid: dict[frozenset[str], int] = {}
+    counted = {}
+    for view, report in sorted(zip(chosen, reports, strict=True), key=lambda pair: -pair[1].key_bytes):
+        group = frozenset(column.name for column in view.entity_columns)
+        shared = min(report.key_bytes, paid.setdefault(group, 0))
+        paid[group] = max(paid[group], report.key_bytes)
+        if report.memory_bytes is not None:
+            report = replace(report, memory_bytes=report.memory_bytes - shared)
+        counted[view.name] = report
+    return [counted[view.name] for view in chosen]
 
 
 class _Run:

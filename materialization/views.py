@@ -74,9 +74,9 @@ def needs_feast(view: FeatureView) -> str | None:
     return None
 
 
-def takes_pushes(view: FeatureView) -> bool:
-    """Whether rows may also come from a push or a stream."""
-    return bool(getattr(view, "stream_source", None))
+def settles_ties_by_created(view: FeatureView) -> bool:
+    """Whether created times decide between equal event times: rows may also come from a push or a stream."""
+    return bool(getattr(view, "stream_source", None) and view.batch_source.created_timestamp_column)
 
 
 def open_source(

@@ -6,6 +6,7 @@ Pure: a model, a matrix and labels in, numbers out. Knows no Feast, no registry.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,46 @@ from numpy.typing import NDArray
 from core.model import LoadedModel
 
 Array = NDArray[Any]
+# Metrics of which less is better; of the others more is.
+_LESS = frozenset({"log_loss", "brier", "calibration_error", "mae", "rmse"})
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Metrics on the held-out rows, with those of ``baselines`` by name among them.
+
+    ``by`` are the metrics that decide whether the model beats a baseline.
+    """
+
+    metrics: Mapping[str, Any]
+    by: tuple[str, ...]
+
+    @property
+    def beats(self) -> bool:
+        """Whether the model is better than every baseline by every metric that decides."""
+        return all(self._better(metric, values) for values in self._baselines.values() for metric in self.by)
+
+    @property
+    def not_better(self) -> dict[str, list[str]]:
+        """Per other metric the baselines that the model does not beat."""
+        found = {
+            metric: [name for name, values in self._baselines.items() if not self._better(metric, values)]
+            for metric in self.metrics
+            if metric not in self.by
+        }
+        return {metric: names for metric, names in found.items() if names}
+
+    @property
+    def _baselines(self) -> Mapping[str, Mapping[str, Any]]:
+        baselines: Mapping[str, Mapping[str, Any]] = self.metrics["baselines"]
+        return baselines
+
+    def _better(self, metric: str, baseline: Mapping[str, Any]) -> bool:
+        """Whether the model is better; also where one of the two has no such metric."""
+        if metric not in baseline or metric not in self.metrics:
+            return True
+        ours, theirs = self.metrics[metric], baseline[metric]
+        return bool(ours < theirs if metric in _LESS else ours > theirs)
 
 
 def judge(
@@ -23,8 +64,8 @@ def judge(
     parts: Mapping[str, Array],
     *,
     recency: int | None = None,
-) -> tuple[dict[str, Any], bool]:
-    """Metrics on the held-out rows, of the model and of each baseline, and whether it beats them all.
+) -> Judgement:
+    """Metrics on the held-out rows, of the model and of each baseline.
 
     Args:
         model: what is judged.
@@ -33,9 +74,8 @@ def judge(
         parts: positions of the ``training`` and ``holdout`` rows.
         recency: the column of the recency-only baseline, which needs a binary classifier.
 
-    Returns:
-        The metrics with ``baselines`` by name among them. Beating a baseline means a lower ``log_loss`` and
-        a higher ``roc_auc``, or a lower ``rmse``, or a higher ``accuracy`` where there are no probabilities.
+    Beating a baseline means a lower ``log_loss`` and a higher ``roc_auc``, or a lower ``rmse``, or a higher
+    ``accuracy`` where there are no probabilities.
     """
     training, holdout = parts["training"], parts["holdout"]
     predicted = model.predict(matrix[holdout])
@@ -45,7 +85,7 @@ def judge(
         metrics = value_metrics(truth, np.array(predicted.labels))
         mean = np.full(len(truth), labels[training].mean())
         metrics["baselines"] = {"mean": value_metrics(truth, mean)}
-        return metrics, metrics["rmse"] < metrics["baselines"]["mean"]["rmse"]
+        return Judgement(metrics, ("rmse",))
     known, truth = np.searchsorted(classes, labels[training]), np.searchsorted(classes, truth)
     constant = constant_probabilities(known, len(classes), len(truth))
     if predicted.probabilities is None:
@@ -54,7 +94,7 @@ def judge(
             "accuracy": float((found == truth).mean()),
             "baselines": {"most_common": {"accuracy": float((truth == constant[0].argmax()).mean())}},
         }
-        return metrics, metrics["accuracy"] > metrics["baselines"]["most_common"]["accuracy"]
+        return Judgement(metrics, ("accuracy",))
     metrics = probability_metrics(truth, predicted.probabilities)
     baselines = {"constant_rate": probability_metrics(truth, constant)}
     if len(classes) == 2:
@@ -63,12 +103,7 @@ def judge(
             guess = recency_probabilities(matrix[training, recency], known, matrix[holdout, recency])
             baselines["recency_only"] = probability_metrics(truth, guess)
     metrics["baselines"] = baselines
-    beats = all(
-        metrics["log_loss"] < baseline["log_loss"]
-        and metrics.get("roc_auc", 1.0) > baseline.get("roc_auc", 0.0)
-        for baseline in baselines.values()
-    )
-    return metrics, beats
+    return Judgement(metrics, tuple(name for name in ("log_loss", "roc_auc") if name in metrics))
 
 
 def probability_metrics(labels: Array, probabilities: Array) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from core.registry import CHALLENGER, CHAMPION, ModelRegistry
 from core.repository import FeastRepository
 from training import evaluation, rows
 from training.compiler import compile_estimator
+from training.evaluation import Judgement
 from training.rows import Examples
 from training.spec import ModelSpec
 
@@ -51,11 +52,11 @@ _LIBRARIES = ("scikit-learn", "numpy", "skops", "onnxruntime", "feast", "feast-b
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """What came out: the manifest, the alias it got, and whether it beats every baseline."""
+    """What came out: the manifest, the alias it got, and how the model stands beside the baselines."""
 
     manifest: ModelManifest
     alias: str
-    beats_baselines: bool
+    judgement: Judgement
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +66,9 @@ class TrainingReport:
             "name": m.name,
             "version": m.version,
             "alias": self.alias,
-            "beats_baselines": self.beats_baselines,
+            "beats_baselines": self.judgement.beats,
+            "judged_by": list(self.judgement.by),
+            "not_better": self.judgement.not_better,
             "metrics": dict(m.metrics),
             "training_rows": m.window.training_rows,
             "holdout_rows": m.window.holdout_rows,
@@ -101,7 +104,7 @@ def train(
         estimator, examples.matrix[used[_evenly(len(used), COMPARED_ROWS)]], file
     )
     say(f"runs as {compiled.form}" + (f" ({compiled.reason})" if compiled.reason else ""))
-    metrics, beats = evaluation.judge(model, examples.matrix, examples.labels, parts, recency=recency)
+    judgement = evaluation.judge(model, examples.matrix, examples.labels, parts, recency=recency)
     sample = _sample(parts["training"])
     golden = _golden(model, examples, sample)
     baseline = examples.table.select(examples.columns.names).take(sample)
@@ -114,7 +117,7 @@ def train(
             draft,
             version=number,
             created=datetime.now(tz=UTC),
-            metrics=finite_or_none(metrics),
+            metrics=finite_or_none(judgement.metrics),
             golden=golden,
             compiled=compiled,
             artifacts=dict(digests),
@@ -123,7 +126,7 @@ def train(
     manifest = registry.register(spec.name, files, describe)
     aliases = registry.introduce(spec.name, manifest.version, why="trained").aliases
     alias = CHAMPION if aliases[CHAMPION] == manifest.version else CHALLENGER
-    return TrainingReport(manifest, alias, beats, time.monotonic() - started)
+    return TrainingReport(manifest, alias, judgement, time.monotonic() - started)
 
 
 def _draft(spec: ModelSpec, examples: Examples) -> ModelManifest:

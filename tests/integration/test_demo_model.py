@@ -34,7 +34,7 @@ def report(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainin
 def test_it_beats_the_constant_rate_and_recency_alone_on_the_last_weeks(report: TrainingReport) -> None:
     metrics: Any = report.manifest.metrics
     constant, recency = (metrics["baselines"][name] for name in ("constant_rate", "recency_only"))
-    assert report.beats_baselines
+    assert report.judgement.beats
     assert metrics["roc_auc"] > recency["roc_auc"] + 0.05 > constant["roc_auc"] + 0.05
     assert metrics["log_loss"] < recency["log_loss"] - 0.05 < constant["log_loss"] - 0.05
 

@@ -192,7 +192,7 @@ def test_it_runs_compiled_and_exactly(manifest: ModelManifest) -> None:
 
 def test_metrics_are_those_of_the_holdout_beside_both_baselines(report: TrainingReport) -> None:
     metrics: Any = report.manifest.metrics
-    assert report.beats_baselines
+    assert report.judgement.beats
     constant, recency = metrics["baselines"]["constant_rate"], metrics["baselines"]["recency_only"]
     assert constant["roc_auc"] == 0.5
     assert metrics["log_loss"] < recency["log_loss"] < constant["log_loss"]
@@ -269,7 +269,7 @@ def test_a_regressor_is_judged_by_its_errors(repository: FeastRepository, tmp_pa
     )
     report = train(repository, ModelRegistry(str(tmp_path)), model)
     metrics: Any = report.manifest.metrics
-    assert report.beats_baselines
+    assert report.judgement.beats
     assert metrics["rmse"] < metrics["baselines"]["mean"]["rmse"]
     assert metrics["mae"] < metrics["baselines"]["mean"]["mae"]
     assert (report.manifest.classes, report.manifest.compiled.form) == ((), "onnx")

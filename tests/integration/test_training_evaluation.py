@@ -124,7 +124,7 @@ class Column:
 
 def judged(
     truth: Array, form: str = "probabilities", classes: tuple[Any, ...] = ("no", "yes"), **options: Any
-) -> Any:
+) -> evaluation.Judgement:
     """The verdict on 4,000 rows, the first half training; column 0 is what the model says, column 1 noise."""
     says = RNG.uniform(0.02, 0.98, len(truth)) if "says" not in options else options.pop("says")
     matrix = np.column_stack([says, RNG.uniform(size=len(truth))])
@@ -138,13 +138,26 @@ def judged(
 def test_a_model_that_knows_beats_both_baselines_and_one_that_does_not_beats_none() -> None:
     says = RNG.uniform(0.02, 0.98, 4_000)
     truth = np.where(RNG.uniform(size=4_000) < says, "yes", "no")
-    metrics, beats = judged(truth, says=says, recency=1)
-    assert beats
-    assert set(metrics["baselines"]) == {"constant_rate", "recency_only"}
-    assert metrics["calibration_error"] < 0.05
-    assert len(metrics["reliability"]) == 10
-    _, beats = judged(truth, recency=1)
-    assert not beats
+    found = judged(truth, says=says, recency=1)
+    assert found.beats
+    assert set(found.metrics["baselines"]) == {"constant_rate", "recency_only"}
+    assert found.metrics["calibration_error"] < 0.05
+    assert len(found.metrics["reliability"]) == 10
+    assert found.by == ("log_loss", "roc_auc")
+    found = judged(truth, recency=1)
+    assert not found.beats
+
+
+def test_what_does_not_decide_is_told_where_a_baseline_is_as_good() -> None:
+    """A constant rate that is right on average has hardly a calibration error, whatever it is worth."""
+    constant = {"log_loss": 0.69, "roc_auc": 0.5, "accuracy": 0.55, "calibration_error": 0.01}
+    recency = {"log_loss": 0.59, "roc_auc": 0.7, "accuracy": 0.75, "calibration_error": 0.03}
+    ours = {"log_loss": 0.51, "roc_auc": 0.8, "accuracy": 0.75, "calibration_error": 0.02, "reliability": []}
+    metrics = {**ours, "baselines": {"constant_rate": constant, "recency_only": recency}}
+    found = evaluation.Judgement(metrics, ("log_loss", "roc_auc"))
+    assert found.beats
+    assert found.not_better == {"accuracy": ["recency_only"], "calibration_error": ["constant_rate"]}
+    assert not evaluation.Judgement(metrics, ("log_loss", "accuracy")).beats
 
 
 def test_a_model_no_better_than_recency_does_not_beat_the_baselines() -> None:
@@ -155,24 +168,24 @@ def test_a_model_no_better_than_recency_does_not_beat_the_baselines() -> None:
         packages.manifest(golden=(), task="classification", classes=("no", "yes")), Column("probabilities")
     )
     parts = {"training": np.arange(2_000), "holdout": np.arange(2_000, 4_000)}
-    metrics, beats = evaluation.judge(model, np.column_stack([noisy, says]), truth, parts, recency=1)
-    assert metrics["roc_auc"] > metrics["baselines"]["constant_rate"]["roc_auc"]
-    assert not beats
+    found = evaluation.judge(model, np.column_stack([noisy, says]), truth, parts, recency=1)
+    assert found.metrics["roc_auc"] > found.metrics["baselines"]["constant_rate"]["roc_auc"]
+    assert not found.beats
 
 
 def test_a_model_without_probabilities_is_judged_by_its_accuracy() -> None:
     says = RNG.uniform(size=400)
     truth = np.where(says > 0.5, "yes", "no")
-    metrics, beats = judged(truth, "classes", says=says)
-    assert (metrics["accuracy"], beats) == (1.0, True)
-    _, beats = judged(np.array(["yes"] * 399 + ["no"]), "classes")
-    assert not beats
+    found = judged(truth, "classes", says=says)
+    assert (found.metrics["accuracy"], found.beats) == (1.0, True)
+    found = judged(np.array(["yes"] * 399 + ["no"]), "classes")
+    assert not found.beats
 
 
 def test_a_regressor_is_judged_against_the_mean() -> None:
     says = RNG.uniform(size=400)
-    metrics, beats = judged(says + RNG.normal(0, 0.1, 400), "values", (), says=says)
-    assert beats
-    assert metrics["r2"] > 0.5
-    _, beats = judged(RNG.normal(0, 0.1, 400), "values", ())
-    assert not beats
+    found = judged(says + RNG.normal(0, 0.1, 400), "values", (), says=says)
+    assert found.beats
+    assert found.metrics["r2"] > 0.5
+    found = judged(RNG.normal(0, 0.1, 400), "values", ())
+    assert not found.beats

@@ -24,7 +24,7 @@ from materialization.window import Window
 
 DAY_US = 86_400_000_000
 HOUR_NS = 3_600_000_000_000
-LOADED = Loaded(definition="d1", event_us=100 * DAY_US, arrived_ns=101 * DAY_US * 1000, source="s1")
+LOADED = Loaded(definition="d1", event_us=100 * DAY_US, arrived_ns=101 * DAY_US * 1000, source="s1", ttl_us=0)
 END = 110 * DAY_US
 
 
@@ -81,12 +81,20 @@ def test_expired_rows_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("before", "now", "whole"),
-    [(10, 20, True), (10, 0, True), (10, 10, False), (10, 5, False), (0, 20, False), (None, 20, False)],
+    [
+        (10, 20, True),
+        (10, 0, True),
+        (10, 10, False),
+        (10, 5, False),
+        (0, 20, False),
+        (None, 20, True),
+        (None, 0, True),
+    ],
 )
 def test_a_raised_ttl_brings_back_the_rows_that_were_too_old(
     before: int | None, now: int, whole: bool
 ) -> None:
-    """0 days: no row is ever too old; None: a ledger that does not know."""
+    """0 days: no row is ever too old; None: a ledger that does not know, so that everything is due once."""
     loaded = replace(LOADED, ttl_us=None if before is None else before * DAY_US)
     found = planned(loaded, ttl=timedelta(days=now))
     assert (found.kind == WHOLE) is whole
