@@ -197,6 +197,8 @@ def _cleaned(report: CleanReport) -> str:
         lines.append(f"  left alone, because they were being written: {report.rewritten:,}; run it again")
     lines += [f"  left alone, because a materialization holds it: {view}" for view in report.busy]
     size = "" if report.bytes is None else f", about {bytes_text(report.bytes)}"
+    if not report.fields:
+        return "\n".join([*lines, f"Nothing to remove; {report.looked:,} keys of the project looked at."])
     verb = "To remove" if report.dry_run else "Removed"
     total = f"{verb}: {report.fields:,} fields, {report.keys:,} whole keys{size}"
     return "\n".join([*lines, f"{total}; {report.looked:,} keys of the project looked at."])
@@ -267,18 +269,26 @@ def load_views(ctx: Context, repository: FeastRepository, **window: Any) -> RunR
 
 def _outcome(view: ViewReport) -> str:
     """A view's line, and a line for each thing the gate found."""
+    from core.errors import GateFailed
+
     why = f" ({view.reason})" if view.reason else ""
-    if view.error is not None:
-        lines = [click.style(f"  {view.view}: {view.error}", fg="red")]
+    if isinstance(view.error, GateFailed):
+        text = f"  {view.view}: not loaded, its rows fail the gate{why}"
+        lines = [click.style(text, fg="red"), f"    {view.error.hint}"]
+    elif view.error is not None:
+        lines = [click.style(f"  {view.view}: {view.error.message}", fg="red")]
+        lines += [f"    {view.error.hint}"] if view.error.hint else []
     elif view.memory_bytes is not None:
-        lines = [
-            f"  {view.view}: {view.rows:,} rows due, about {bytes_text(view.memory_bytes)} of Redis{why}"
-        ]
+        size = bytes_text(view.memory_bytes)
+        lines = [f"  {view.view}: {view.rows:,} rows due, about {size} of Redis{why}"]
+        if not view.ok:
+            lines.append(click.style("    would not be loaded: its rows fail the gate", fg="red"))
     else:
         older = f", {view.older:,} older ones left out" if view.older else ""
-        lines = [f"  {view.view}: {view.written:,} rows written{older} in {view.seconds:.1f} s{why}"]
+        forced = ", though they fail the gate" if view.gate and view.gate.forced else ""
+        lines = [f"  {view.view}: {view.written:,} rows written{older} in {view.seconds:.1f} s{why}{forced}"]
     for finding in view.gate.findings if view.gate else ():
-        lines.append(click.style(f"    {finding}", fg="yellow" if finding.warning else "red"))
+        lines.append(click.style(f"    - {finding}", fg="yellow" if finding.warning else "red"))
     return "\n".join(lines)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
     from materialization.verify import Difference, Verification
 
 _SHOWN_DIFFERENCES = 20
+_RELOAD = "`banquet materialize --views VIEW --start TIME`"
+# By materialization.verify.Cause.
+_WAYS_OUT = {
+    "late row": "it came after the last run; `banquet materialize` loads it",
+    "changed definition": "`banquet materialize` loads the view anew",
+    "missing entity": f"Redis has lost it; {_RELOAD} loads it anew",
+    "foreign write": "a push, a stream or another writer put it there; "
+    f"where the source's row is newer, {_RELOAD} puts that back",
+}
 
 
 @main.command()
@@ -42,7 +52,18 @@ def _status_line(view: ViewStatus) -> str:
     elif view.interrupted_rows is not None:
         notes = f"  (interrupted after {view.interrupted_rows:,} rows; the next run resumes)"
     age = _age(view.freshness)
-    return f"{view.view:<28}{keys:>12}  {times[0]:<17}  {times[1]:<17}  {age:>10}  {gate}{notes}"
+    line = f"{view.view:<28}{keys:>12}  {times[0]:<17}  {times[1]:<17}  {age:>10}  {gate}{notes}"
+    if gate == "FAILED" and view.gate is not None:
+        failed = [finding for finding in view.gate["findings"] if finding["severity"] == "error"]
+        line += "".join(f"\n  {_finding_text(finding)}" for finding in failed)
+        line += "\n  the rows of the last run that passed stay online"
+    return line
+
+
+def _finding_text(finding: Mapping[str, Any]) -> str:
+    where = f"{finding['column']}: " if finding["column"] else ""
+    rows = "" if finding["rows"] is None else f", {finding['rows']:,} rows"
+    return f"{where}{finding['expectation']} {finding['expected']}, observed {finding['observed']}{rows}"
 
 
 def _age(span: timedelta | None) -> str:
@@ -84,14 +105,15 @@ def _verification_text(found: Verification) -> str:
             continue
         harmful = [difference for difference in view.differences if not difference.harmless]
         harmless = len(view.differences) - len(harmful)
-        verdict = f"{len(harmful)} differ" if harmful else "all equal"
+        verdict = f"{len(harmful)} differ{'s' if len(harmful) == 1 else ''}" if harmful else "all equal"
         expired = f"; {harmless} expired ones were never loaded" if harmless else ""
         text = f"{view.view}: {view.entities:,} entities compared, {verdict}{expired}"
         lines.append(click.style(text, fg="red" if harmful else None))
         lines += [f"  {_difference_line(difference)}" for difference in harmful[:_SHOWN_DIFFERENCES]]
         if len(harmful) > _SHOWN_DIFFERENCES:
             lines.append(f"  and {len(harmful) - _SHOWN_DIFFERENCES} more; --json lists all")
-    return "\n".join(lines)
+    causes = {d.cause for view in found.views for d in view.differences if not d.harmless}
+    return "\n".join([*lines, *(f"{cause}: {_WAYS_OUT[cause]}" for cause in sorted(causes))])
 
 
 def _difference_line(difference: Difference) -> str:

@@ -96,6 +96,13 @@ class GateResult:
         """Whether nothing but warnings was found."""
         return all(finding.warning for finding in self.findings)
 
+    @property
+    def summary(self) -> str:
+        """What failed first, and how much more did."""
+        failed = [finding for finding in self.findings if not finding.warning]
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        return f"{failed[0]}{more}" if failed else "nothing failed"
+
     def as_json(self) -> dict[str, Any]:
         """A JSON object."""
         return {

@@ -249,8 +249,9 @@ class _Task:
         if not gate.passed and not gate.forced:
             self._ledger.note(fence, gate=self._gate_record(gate))
             error = GateFailed(
-                f"View {self._view.name!r} is not loaded: {gate.findings[0]}",
-                hint=f"See the report; `--force {self._view.name}` loads it all the same.",
+                f"View {self._view.name!r} is not loaded: {gate.summary}.",
+                hint="Correct the source or the expectation; "
+                f"`banquet materialize --force {self._view.name}` loads it all the same.",
             )
             return self._report(run, staged, WriteResult(), gate=gate, error=error)
         self._ledger.begin(run, fence)

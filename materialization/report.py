@@ -56,8 +56,9 @@ class ViewReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the view is loaded."""
-        return self.error is None
+        """Whether the view is loaded, or would be, of a dry run."""
+        gate = self.gate
+        return self.error is None and (gate is None or gate.passed or gate.forced)
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -75,7 +76,8 @@ class ViewReport:
             "newest_event": self.newest_event and self.newest_event.isoformat(),
             "gate": self.gate and self.gate.as_json(),
             "memory_bytes": self.memory_bytes,
-            "error": self.error and {"code": self.error.code, "message": str(self.error)},
+            "error": self.error
+            and {"code": self.error.code, "message": self.error.message, "hint": self.error.hint},
         }
 
 
@@ -87,7 +89,7 @@ class RunReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every view is loaded."""
+        """Whether every view is, or would be, loaded."""
         return all(view.ok for view in self.views)
 
     def as_json(self) -> dict[str, Any]:

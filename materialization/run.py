@@ -46,7 +46,7 @@ def materialize(
 
     Raises:
         InvalidRequest: a time is naive, or the window is empty.
-        NotFound: there is no such view.
+        NotFound: there is no such view, or ``force`` names one that the run leaves out.
         InvalidRepository: the online store is not Redis, or nothing was applied yet.
     """
     for time in (start, end):
@@ -59,6 +59,11 @@ def materialize(
     store = repo.store()
     store.refresh_registry()
     chosen = chosen_views(store, view_names)
+    if stray := sorted(set(force) - {view.name for view in chosen}):
+        raise NotFound(
+            f"Views to force that are none of this run: {', '.join(stray)}.",
+            hint=f"Views of this run: {', '.join(view.name for view in chosen) or 'none'}.",
+        )
     run = _Run(store, Materializer.of_store(store, parallel=min(PARALLEL, len(chosen))), start, end, dry_run)
 
     def load(view: Any) -> ViewReport:

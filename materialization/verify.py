@@ -109,7 +109,8 @@ class ViewVerification:
             "entities": self.entities,
             "as_of": self.as_of and self.as_of.isoformat(),
             "differences": [difference.as_json() for difference in self.differences],
-            "error": self.error and {"code": self.error.code, "message": str(self.error)},
+            "error": self.error
+            and {"code": self.error.code, "message": self.error.message, "hint": self.error.hint},
         }
 
 

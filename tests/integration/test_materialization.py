@@ -324,6 +324,21 @@ def test_a_failed_gate_stops_one_view_of_stock_materialize_and_is_its_error(
     assert repo.store().get_feature_view("open").state == FeatureViewState.AVAILABLE_ONLINE
 
 
+def test_a_dry_run_of_rows_that_fail_the_gate_is_not_ok_until_they_are_forced(
+    server: Valkey, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "e.parquet", [(1, "2026-04-20", "2026-04-20", 1.0)])
+    repo = repository(tmp_path / "repo", server)
+    strict = [Field(name="value", dtype=Float64, tags={"max": "0"})]
+    repo.store().apply([USER, a_view(tmp_path / "e.parquet", schema=strict)])
+    report = materialize(repo, end=NOW, dry_run=True)
+    assert not report.ok
+    assert not report.views[0].as_json()["ok"]
+    assert materialize(repo, end=NOW, dry_run=True, force=["behavior"]).ok
+    with pytest.raises(NotFound, match="behaviour"):
+        materialize(repo, end=NOW, force=["behaviour"])
+
+
 def test_a_full_load_that_shrank_fails_the_gate(repo: FeastRepository, tmp_path: Path) -> None:
     load(repo)
     write_rows(tmp_path / "events" / "1.parquet", [(1, "2026-04-02", "2026-04-02", 1.5)])
