@@ -48,10 +48,10 @@ def compile_estimator(
 
 
 def _candidates(estimator: Any, matrix: Matrix, reasons: list[str]) -> Iterator[tuple[str, bytes]]:
-    from training import onnx_graph
+    from training import onnx_model
 
     try:
-        yield "onnx", onnx_graph.build(estimator, matrix.shape[1]).SerializeToString()
+        yield "onnx", onnx_model.build(estimator, matrix.shape[1]).SerializeToString()
     except NotImplementedError as exc:
         reasons.append(f"onnx: not covered: {exc}")
     else:
