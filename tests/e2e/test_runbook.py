@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,8 +40,27 @@ def test_the_runbook_does_what_it_says_and_no_request_fails(valkey: Valkey, tmp_
         for server in servers:
             server.wait(PATIENCE_SECONDS)
     assert clients.failures == []
-    # Version 3 was champion for as long as two commands take, which may be less than a server's look.
-    assert {seen.version for seen in clients.seen} - {3} == {1, 2, 5}
+    # Versions 3 and 5 were champion for as long as two commands take, which may be less than a worker's look.
+    assert {1, 2} <= {seen.version for seen in clients.seen} <= {1, 2, 3, 5}
+
+
+def _run(folder: Folder, body: str, expected: str) -> None:
+    """Run commands; those after a `sleep` again and again, until they print what they have to."""
+    first, sleep, rest = body.partition("sleep ")
+    printed = folder.run(first, with_errors=True)
+    if not sleep:
+        check_output(expected, printed)
+        return
+    commands = rest.partition("\n")[2]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        more = folder.run(commands, with_errors=True)
+        try:
+            check_output(expected, printed + more)
+        except AssertionError:
+            assert time.monotonic() < deadline, f"{printed + more}\nis not\n{expected}"
+        else:
+            return
 
 
 async def _follow(
@@ -50,7 +70,9 @@ async def _follow(
         for block, expected in page:
             if block.kind == "bash server":
                 servers.append(await asyncio.to_thread(folder.serve, block.body))
-            else:
-                printed = await asyncio.to_thread(folder.run, block.body, with_errors=True)
-                check_output(expected, printed)
+                continue
+            # The judge gets its rows when `status` has shown that it waits for them.
+            clients.resting = block.body.startswith("banquet rollout start scores --version 2")
+            await asyncio.to_thread(_run, folder, block.body, expected)
+            clients.resting = False
     return clients

@@ -147,7 +147,7 @@ def test_a_killed_redis_loses_nothing_and_gets_what_was_kept(tmp_path: Path, tri
 def test_a_batch_whose_answer_was_lost_is_added_once(
     tmp_path: Path, trial: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.trials._TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("serving.trials._TIMEOUT_SECONDS", 1.0)
     with Valkey(tmp_path) as server:
         notes = recorder(server.address(), trial)
         notes.observe("champion", 1, 0, 0.01, [0.5])

@@ -36,13 +36,14 @@ class Clients:
     """``connections`` to each of the servers at ``ports``, each asking for a random user at a time.
 
     What is not a 200, or a connection that breaks, is a failure, noted with its moment; a client whose
-    connection broke makes another one.
+    connection broke makes another one. While they are ``resting`` they ask nothing.
     """
 
     ports: Sequence[int]
     connections: int = 4
     users: int = 2000
     pause_seconds: float = 0.0
+    resting: bool = False
     seen: list[Seen] = field(default_factory=list)
     failures: list[tuple[float, str]] = field(default_factory=list)
     _stop: bool = False
@@ -76,6 +77,9 @@ class Clients:
         number = self._connections
         try:
             while keep and not self._stop:
+                if self.resting:
+                    await asyncio.sleep(0.01)
+                    continue
                 user = rng.randrange(self.users)
                 asked = time.monotonic()
                 status, answer, keep = await post(
