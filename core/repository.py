@@ -292,7 +292,11 @@ class FeastRepository:
 
         registry = Registry()
         try:
-            registry.ParseFromString(self.registry_file.read_bytes())
+            content = self.registry_file.read_bytes()
+            if not content:
+                # Feast empties the file before it writes it; no message would be a registry without a view.
+                raise InvalidRepository(f"{self.registry_file} is empty.", hint="It may be being written.")
+            registry.ParseFromString(content)
         except FileNotFoundError:
             raise InvalidRepository(
                 f"There is no registry at {self.registry_file}.", hint="Run `banquet apply` first."

@@ -279,6 +279,8 @@ class Catalog:
         if self._definitions is not None and fingerprint == self._fingerprint:
             return
         definitions = await asyncio.to_thread(self._repository.definitions)
+        if await asyncio.to_thread(self._repository.fingerprint) != fingerprint:
+            return  # it is being written, so what was read may be a part: the next look has it whole
         if definitions == self._definitions:
             self._fingerprint = fingerprint
             return

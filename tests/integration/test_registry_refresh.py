@@ -86,8 +86,8 @@ def unreadable(path: Path, kind: str) -> Iterator[None]:
         rename_table(path, "elsewhere", "feature_views")
         return
     file, aside = path / "registry.db", path / "registry.aside"
-    file.rename(aside)
     (path / "registry.new").write_bytes(b"no registry")
+    aside.hardlink_to(file)  # the file is never gone: that would be another failure
     (path / "registry.new").rename(file)
     yield
     aside.rename(file)

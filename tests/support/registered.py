@@ -72,7 +72,7 @@ def register(
 
 def registry_of(repo: FeastRepository, views: Iterable[AView]) -> Any:
     """A registry protobuf with these views."""
-    registry = feast_protos.Registry()
+    registry = feast_protos.Registry(version_id="by hand")
     registry.feature_views.extend(_message(repo.project, view) for view in views)
     return registry
 

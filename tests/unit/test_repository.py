@@ -61,3 +61,11 @@ def test_keys_that_nothing_reads_are_told_of(tmp_path: Path, caplog: pytest.LogC
         FeastRepository.open(misspelt).store()
     told = [text.partition(" in ")[0] for text in caplog.messages if "means nothing to Feast" in text]
     assert told == ["entity_key_serialisation_version", "registry.cache_ttl"]
+
+
+def test_an_empty_registry_file_is_not_taken_for_a_registry_without_views(tmp_path: Path) -> None:
+    """`feast apply` empties the file before it writes it, under the eyes of every server."""
+    repository = FeastRepository.open(written(tmp_path))
+    (tmp_path / "registry.db").touch()
+    with pytest.raises(InvalidRepository, match="is empty"):
+        repository.definitions()
