@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.main import Context, bytes_text, main
+from cli.main import Context, bytes_text, counted, main
 from core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -61,16 +61,16 @@ def describe_impact(found: Impact) -> str:
     lines = []
     for entry in found.growth:
         what = f"{entry.view}: {', '.join(entry.features)}" if entry.features else entry.view
-        rows = "an unknown number of rows" if entry.rows is None else f"{entry.rows:,} rows"
+        rows = "an unknown number of rows" if entry.rows is None else counted(entry.rows, "row")
         size = "memory unknown" if entry.bytes is None else f"about {bytes_text(entry.bytes)} of Redis"
         lines.append(f"  {what}: {rows}, {size}" + (f" ({entry.unknown})" if entry.unknown else ""))
     if found.orphans is not None and found.orphans.fields:
         left = found.orphans
-        rows = "".join(f", {count:,} rows of {view}" for view, count in sorted(left.rows.items()))
+        rows = "".join(f", {counted(count, 'row')} of {view}" for view, count in sorted(left.rows.items()))
         about = "" if left.exact else f"about, from {left.looked_at:,} of {left.total:,} keys: "
         lines.append(
-            f"  orphaned in Redis: {about}{left.fields:,} fields, {left.keys:,} whole keys{rows}; "
-            "`banquet clean` removes them"
+            f"  orphaned in Redis: {about}{counted(left.fields, 'field')}, {counted(left.keys, 'whole key')}"
+            f"{rows}; `banquet clean` removes them"
         )
     if found.unknown:
         lines.append(f"  orphaned in Redis: unknown ({found.unknown})")
@@ -94,7 +94,11 @@ def apply_definitions(ctx: Context, repository: FeastRepository) -> ApplyPlan:
 @click.option("--break-models", is_flag=True, help="Apply though registered models would not load any more.")
 @click.pass_obj
 def apply(ctx: Context, dry_run: bool, break_models: bool) -> None:
-    """Show what changed in the definitions and what it costs, then register it (`feast apply`)."""
+    """Show what changed in the definitions, then register it.
+
+    The plan names each feature and what the change costs in Redis. It is `feast apply` with guards: see
+    docs/apply-and-clean.md.
+    """
     from dataclasses import asdict
 
     from cli.models import open_registry
@@ -130,7 +134,7 @@ def apply(ctx: Context, dry_run: bool, break_models: bool) -> None:
             {"applied": applied, "changes": changes, "redis": cost.as_json(), "broken_models": broken}, ""
         )
     elif applied:
-        click.echo(f"Applied {len(planned.changes)} changes to project {repository.project}.")
+        click.echo(f"Applied {counted(len(planned.changes), 'change')} to project {repository.project}.")
 
 
 @main.command()
@@ -148,7 +152,10 @@ def apply(ctx: Context, dry_run: bool, break_models: bool) -> None:
 @click.option("--whole-project", is_flag=True, help="Allow it where no view is registered: removes all rows.")
 @click.pass_obj
 def clean(ctx: Context, dry_run: bool, expired_for: str, rate: int, whole_project: bool) -> None:
-    """Remove from Redis what no definition claims any more, and rows past their ttl."""
+    """Remove orphans and expired rows from Redis.
+
+    Orphans are rows and fields that no definition claims any more.
+    """
     from core.repository import FeastRepository
     from materialization.clean import CleanProgress
     from materialization.clean import clean as remove
@@ -188,11 +195,12 @@ def duration(text: str) -> timedelta:
 
 def _cleaned(report: CleanReport) -> str:
     lines = [
-        f"  {rows:,} rows of {view}, which no definition has" for view, rows in report.removed_views.items()
+        f"  {counted(rows, 'row')} of {view}, which no definition has"
+        for view, rows in report.removed_views.items()
     ]
     if report.features:
-        lines.append(f"  {report.features:,} fields of features that no definition has")
-    lines += [f"  {rows:,} rows of {view} past their ttl" for view, rows in report.expired.items()]
+        lines.append(f"  {counted(report.features, 'field')} of features that no definition has")
+    lines += [f"  {counted(rows, 'row')} of {view} past the ttl" for view, rows in report.expired.items()]
     if report.rewritten:
         lines.append(f"  left alone, because they were being written: {report.rewritten:,}; run it again")
     lines += [f"  left alone, because a materialization holds it: {view}" for view in report.busy]
@@ -200,7 +208,7 @@ def _cleaned(report: CleanReport) -> str:
     if not report.fields:
         return "\n".join([*lines, f"Nothing to remove; {report.looked:,} keys of the project looked at."])
     verb = "To remove" if report.dry_run else "Removed"
-    total = f"{verb}: {report.fields:,} fields, {report.keys:,} whole keys{size}"
+    total = f"{verb}: {counted(report.fields, 'field')}, {counted(report.keys, 'whole key')}{size}"
     return "\n".join([*lines, f"{total}; {report.looked:,} keys of the project looked at."])
 
 
@@ -221,7 +229,11 @@ def materialize(
     dry_run: bool,
     wait: float,
 ) -> None:
-    """Check new and late rows against their expectations, then load them into the online store."""
+    """Load new and late rows into the online store.
+
+    Each view's rows are held against its expectations first; a view that fails is not loaded, and the exit
+    code is 1.
+    """
     from core.repository import FeastRepository
 
     report = load_views(
@@ -280,13 +292,14 @@ def _outcome(view: ViewReport) -> str:
         lines += [f"    {view.error.hint}"] if view.error.hint else []
     elif view.memory_bytes is not None:
         size = bytes_text(view.memory_bytes)
-        lines = [f"  {view.view}: {view.rows:,} rows due, about {size} of Redis{why}"]
+        lines = [f"  {view.view}: {counted(view.rows, 'row')} due, about {size} of Redis{why}"]
         if not view.ok:
             lines.append(click.style("    would not be loaded: its rows fail the gate", fg="red"))
     else:
         older = f", {view.older:,} older ones left out" if view.older else ""
         forced = ", though they fail the gate" if view.gate and view.gate.forced else ""
-        lines = [f"  {view.view}: {view.written:,} rows written{older} in {view.seconds:.1f} s{why}{forced}"]
+        written = counted(view.written, "row")
+        lines = [f"  {view.view}: {written} written{older} in {view.seconds:.1f} s{why}{forced}"]
     for finding in view.gate.findings if view.gate else ():
         lines.append(click.style(f"    - {finding}", fg="yellow" if finding.warning else "red"))
     return "\n".join(lines)
@@ -310,7 +323,10 @@ def _outcome(view: ViewReport) -> str:
 def dataset(
     ctx: Context, service: str | None, entities: Path | None, output: Path | None, reproduce: Path | None
 ) -> None:
-    """Build a point-in-time training set and its lock, or rebuild one from its lock."""
+    """Build a point-in-time training set and its lock.
+
+    With --reproduce, rebuild one from its lock and compare.
+    """
     from core.repository import FeastRepository
 
     repository = FeastRepository.open(ctx.repo)

@@ -58,6 +58,11 @@ def bytes_text(count: float) -> str:
     return f"{count:,.0f} bytes"
 
 
+def counted(number: int, name: str) -> str:
+    """A number and what it counts: ``1 row``, ``2,000 rows``."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 class _Command(click.Command):
     """A command that takes ``--json`` after its name as well as before it, and refuses a wrong setting."""
 

@@ -30,7 +30,11 @@ _WAYS_OUT = {
 @main.command()
 @click.pass_obj
 def status(ctx: Context) -> None:
-    """Per view: keys online, watermark, newest event, freshness, the gate's last verdict."""
+    """How each view stands online.
+
+    Keys in Redis, the watermark up to which everything is loaded, the newest event and its age, the gate's
+    last verdict, and a run that is under way or was interrupted.
+    """
     from core.repository import FeastRepository
     from materialization.status import status as look
 
@@ -82,7 +86,10 @@ def _age(span: timedelta | None) -> str:
 @click.option("--seed", type=int, help="Draw the same sample again.")
 @click.pass_obj
 def verify(ctx: Context, sample: int, views: str | None, seed: int | None) -> None:
-    """Compare rows online with the historical join; exit 1 where one differs, each named with its cause."""
+    """Compare rows online with the historical join.
+
+    Exit code 1 where one differs; each difference is named with its cause.
+    """
     from core.repository import FeastRepository
     from materialization.verify import verify as compare
 

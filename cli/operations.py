@@ -48,7 +48,10 @@ def serve(ctx: Context, host: str, port: int, workers: int) -> None:
 @click.option("--no-serve", is_flag=True, help="Stop before serving.")
 @click.pass_obj
 def up(ctx: Context, host: str, port: int, sources: str | None, spec: str | None, no_serve: bool) -> None:
-    """Run the main job: Redis, sources, apply, materialize, train, serve. Repeating it is safe."""
+    """Run the main job, from definitions to an API.
+
+    Redis, sources, apply, materialize, train where there is no champion, serve. Repeating it is safe.
+    """
     from core.repository import FeastRepository
     from serving.server import check_port, serve_here
 
@@ -158,7 +161,10 @@ def stream(
     dead_letters: str | None,
     report_seconds: float,
 ) -> None:
-    """Write the events of a Redis Stream online and offline until Ctrl-C; bad ones become dead letters."""
+    """Write the events of a Redis Stream online and offline.
+
+    Until Ctrl-C; bad ones become dead letters.
+    """
     from core.repository import FeastRepository
     from materialization.stream import StreamConsumer, StreamOptions
 
@@ -208,7 +214,7 @@ def _stream_line(report: StreamReport) -> str:
 
 @main.group()
 def redis() -> None:
-    """The embedded Redis for a local address where nobody listens."""
+    """The embedded Redis, for a local address where nobody listens."""
 
 
 def _redis_command(ctx: Context, act: Callable[[EmbeddedRedis], RedisState]) -> None:

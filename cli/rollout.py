@@ -21,7 +21,7 @@ _WHY = click.option("--why", default="", help="Kept in the history.")
 
 @main.group()
 def rollout() -> None:
-    """Canary and shadow: try a version beside the champion before it is promoted."""
+    """Canary and shadow: a version beside the champion."""
 
 
 @rollout.command()
