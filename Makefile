@@ -69,4 +69,4 @@ lock: $(READY)  ## Resolve requirements.lock anew (hashes, no index address)
 	  --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
 .PHONY: help install demo test unit lint check format bench-historical bench-materialize bench-serving \
-  bench-stream bench-on-demand bench-soak bench-judge lock
+  bench-stream bench-rollout bench-on-demand bench-soak bench-judge lock
