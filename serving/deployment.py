@@ -210,7 +210,7 @@ class Shadow:
             if self._closed or self._waiting_rows + rows > _SHADOW_WAITING_ROWS:
                 self._metrics.dropped(self.champion.name, rows)
                 continue
-            self._waiting.append(_Mirrored(request_id, columns, answer))
+            self._waiting.append(_Mirrored(request_id, columns, answer.alone()))
             self._waiting_rows += rows
         if self._waiting and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._catch_up())

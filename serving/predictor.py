@@ -50,6 +50,10 @@ class Answer(NamedTuple):
         """The features; cut out when asked for, as most answers do without."""
         return self.together.slice(self.first, self.first + self.rows)
 
+    def alone(self) -> Answer:
+        """The same without the rest of what was read together: for who keeps it."""
+        return self._replace(together=self.vectors, first=0)
+
     def slice(self, start: int, stop: int) -> Answer:
         """The rows from ``start`` to before ``stop``."""
         errors = self.errors

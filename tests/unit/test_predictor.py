@@ -57,6 +57,9 @@ def test_an_answer_is_cut_with_its_features() -> None:
     assert (answer.rows, answer.vectors.rows) == (2, 2)
     assert answer.vectors.values == {"account__spend": [2.0, 3.0], "account__visits": [2, 2]}
     assert np.allclose(answer.predictions, [4.0, 5.0])
+    kept = answer.alone()
+    assert kept.together.rows == 2
+    assert (kept.vectors, kept.predictions) == (answer.vectors, answer.predictions)
 
 
 def test_a_value_that_is_missing_elsewhere_in_the_batch_leaves_an_answer_its_statuses() -> None:
