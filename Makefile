@@ -50,7 +50,7 @@ bench-historical: $(READY)  ## Measure point-in-time joins beside Feast's offlin
 	$(BIN)/python bench/historical.py $(ARGS)
 
 bench-stream: $(READY)  ## Measure from XADD to /predict at 5,000 events a second
-	$(BIN)/python bench/stream.py $(ARGS)
+	$(BIN)/python bench/stream.py --keep $(ARGS)
 
 bench-rollout: $(READY)  ## Measure what a canary and a shadow cost on /predict (needs wrk)
 	$(BIN)/python bench/rollout.py $(ARGS)

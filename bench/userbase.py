@@ -143,7 +143,9 @@ def write_sources(folder: Path, users: int) -> None:
     behavior = pd.DataFrame({"user_id": np.arange(users), "event_timestamp": moments()})
     for i in range(10):
         behavior[f"signal_{i}"] = rng.gamma(2.0, 25.0, users)
-    behavior.to_parquet(folder / "user_behavior.parquet")
+    # A folder, as events are appended to it by the bench of the stream.
+    (folder / "user_behavior").mkdir()
+    behavior.to_parquet(folder / "user_behavior" / "0.parquet")
 
 
 @contextmanager

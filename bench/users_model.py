@@ -18,7 +18,7 @@ def labels(repo: Path) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    frame = pd.read_parquet(repo / "data" / "user_behavior.parquet").iloc[:6000]
+    frame = pd.read_parquet(repo / "data" / "user_behavior").iloc[:6000]
     noise = np.random.default_rng(3).normal(scale=20.0, size=len(frame))
     return pd.DataFrame(
         {

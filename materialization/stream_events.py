@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -32,8 +32,7 @@ REMOTE_REFRESH_SECONDS = 30.0
 _FIELDS = (b"push_source", b"event", b"rows")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry of a stream, as Redis delivers it."""
 
     id: bytes
@@ -77,8 +76,7 @@ class Batch:
     offline: Sequence[tuple[OfflineTarget, pa.Table]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
+class _Event(NamedTuple):
     entry: Entry
     rows: list[dict[str, Any]]
 
@@ -172,7 +170,8 @@ class PushSources:
         events: Sequence[_Event],
         present: datetime,
     ) -> Batch:
-        given = {name: [row[name] for event in events for row in event.rows] for name in columns}
+        rows = [row for event in events for row in event.rows]
+        given = {name: [row[name] for row in rows] for name in columns}
         arrived = [event.entry.arrived_ns for event in events for _ in event.rows]
         checked = [check_rows(view, given, now=present, arrived_ns=arrived) for view in views]
         online, offline = [], []

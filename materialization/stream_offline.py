@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.errors import InvalidRequest, Unavailable
@@ -27,6 +28,15 @@ REST_PER_APPEND = 9.0
 MAX_REST_SECONDS = 60.0
 MAX_ROWS = 500_000
 RETRY_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """What is kept of a batch until it is appended: not its events, nor what was written online."""
+
+    ids: Sequence[bytes]
+    rows: int
+    tables: Sequence[tuple[OfflineTarget, pa.Table]]
 
 
 class OfflineAppender:
@@ -48,7 +58,7 @@ class OfflineAppender:
         self._acknowledge = acknowledge
         self._seconds, self._limit = seconds, rows
         self._changed = threading.Condition()
-        self._batches: list[Batch] = []
+        self._batches: list[_Waiting] = []
         self._waiting = 0
         self._first = 0.0
         self._rest_until = 0.0
@@ -75,11 +85,12 @@ class OfflineAppender:
 
     def add(self, batch: Batch) -> None:
         """Take a batch over; its entries are acknowledged once every source has its rows."""
+        waiting = _Waiting([entry.id for entry in batch.entries], batch.rows, batch.offline)
         with self._changed:
-            self.held.update(entry.id for entry in batch.entries)
+            self.held.update(waiting.ids)
             if not self._batches:
                 self._first = time.monotonic()
-            self._batches.append(batch)
+            self._batches.append(waiting)
             self._waiting += batch.rows
             self._changed.notify()
 
@@ -104,7 +115,7 @@ class OfflineAppender:
         except Exception as exc:  # noqa: BLE001 — handed to the thread that reads
             self.failed = exc
 
-    def _next(self) -> list[Batch]:
+    def _next(self) -> list[_Waiting]:
         """What is to be appended, when it is due; nothing once all is done."""
         with self._changed:
             while (left := self._due_in()) > 0:
@@ -123,13 +134,13 @@ class OfflineAppender:
         due = now if self._waiting >= self._limit else self._first + self._seconds
         return max(due, self._rest_until) - now
 
-    def _append(self, batches: Sequence[Batch], done: set[tuple[str, Any]]) -> None:
+    def _append(self, batches: Sequence[_Waiting], done: set[tuple[str, Any]]) -> None:
         """Append the tables of each source as one; ``done`` remembers what a failed attempt has appended."""
         import pyarrow as pa
 
         parts: dict[tuple[str, pa.Schema], tuple[OfflineTarget, list[pa.Table]]] = {}
         for batch in batches:
-            for target, table in batch.offline:
+            for target, table in batch.tables:
                 key = (target.view, table.schema)
                 parts.setdefault(key, (target, []))[1].append(table)
         for key, (target, tables) in parts.items():
@@ -140,8 +151,8 @@ class OfflineAppender:
                 self.appended += rows.num_rows
                 self.appends += 1
 
-    def _settle(self, batches: Sequence[Batch]) -> None:
-        ids = [entry.id for batch in batches for entry in batch.entries]
+    def _settle(self, batches: Sequence[_Waiting]) -> None:
+        ids = [name for batch in batches for name in batch.ids]
         with self.lock:
             self._acknowledge(ids)
             self.held.difference_update(ids)

@@ -44,7 +44,7 @@ user_behavior = FeatureView(
     ],
     source=PushSource(
         name="user_behavior_push",
-        batch_source=FileSource(path="data/user_behavior.parquet", timestamp_field="event_timestamp"),
+        batch_source=FileSource(path="data/user_behavior", timestamp_field="event_timestamp"),
     ),
 )
 basket = RequestSource(name="basket", schema=[Field(name="total", dtype=Float64)])
