@@ -10,7 +10,7 @@ join and no training dataset.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ from core.source import (
     literal,
     resolve,
     scan,
+    source_schema,
 )
 
 
@@ -296,6 +297,16 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
                 ).to_arrow_table()
 
         return BanquetRetrievalJob(config, evaluate)
+
+    def get_table_column_names_and_types_from_data_source(
+        self, config: RepoConfig, data_source: DataSource
+    ) -> Iterable[tuple[str, str]]:
+        """The columns of a file source with their Arrow types: what a push must bring."""
+        if not isinstance(data_source, FileSource):
+            found: Iterable[tuple[str, str]] = data_source.get_table_column_names_and_types(config)
+            return found
+        schema = source_schema(data_source, config.repo_path)
+        return [(field.name, str(field.type)) for field in schema]
 
     @staticmethod
     def offline_write_batch(

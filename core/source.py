@@ -22,6 +22,7 @@ import duckdb
 from core.errors import InvalidSource
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from feast.data_source import DataSource
     from fsspec.spec import AbstractFileSystem
 
@@ -230,7 +231,8 @@ def file_system(
     """The file system of a local path or URL, and the path there.
 
     S3, GCS and Azure go through Arrow, which brings them along; any other scheme goes through fsspec.
-    ``endpoint`` and ``credentials`` (Feast's AWS_* names) are for S3; without them AWS's own chain decides.
+    ``endpoint`` and ``credentials`` (Feast's AWS_* names) are for S3; without them AWS's environment
+    variables and its own chain decide.
 
     Raises:
         InvalidSource: the scheme is unknown or its package is not installed.
@@ -243,8 +245,12 @@ def file_system(
         if scheme in {"s3", "s3a"}:
             from feast.infra.offline_stores.file_source import FileSource
 
+            # boto3 and deltalake read these variables; Arrow does not.
+            named = (
+                endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+            )
             system, _ = FileSource.create_filesystem_and_path(
-                location.replace("s3a://", "s3://", 1), endpoint or "", dict(credentials or {})
+                location.replace("s3a://", "s3://", 1), named, dict(credentials or {})
             )
             return ArrowFSWrapper(system), location.split("://", 1)[1]
         if scheme in {"gs", "gcs", "abfs", "abfss"}:
@@ -259,13 +265,30 @@ def file_system(
 
 
 def files_in(system: AbstractFileSystem, path: str) -> list[str]:
-    """``local_files`` for any file system."""
+    """``local_files`` for any file system. Raises OSError where it cannot be listed."""
+    from fsspec.utils import glob_translate
+
     if system.isfile(path):
         return [path]
-    if _WILDCARD.search(path):
-        return sorted(system.glob(path))
+    if wildcard := _WILDCARD.search(path):
+        root = path[: wildcard.start()].rpartition("/")[0]
+        matches = re.compile(glob_translate(path)).match
+        return [file for file in _listed(system, root) if matches(file)]
     root = path.rstrip("/") + "/"
-    return sorted(file for file in system.find(path) if not any(map(_hidden, file[len(root) :].split("/"))))
+    return [file for file in _listed(system, path) if not any(map(_hidden, file[len(root) :].split("/")))]
+
+
+def _listed(system: AbstractFileSystem, folder: str) -> list[str]:
+    """Every file at any depth, sorted; none where there is no such folder."""
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    if isinstance(system, ArrowFSWrapper):
+        # fsspec's own listing leaves out what it could not list: rows would be missing without a word.
+        from pyarrow.fs import FileSelector, FileType
+
+        selector = FileSelector(folder.rstrip("/"), allow_not_found=True, recursive=True)
+        return sorted(info.path for info in system.fs.get_file_info(selector) if info.type == FileType.File)
+    return sorted(system.find(folder))
 
 
 def _hidden(name: str) -> bool:
@@ -290,6 +313,48 @@ def source_files(source: Any, repo_path: Path | str | None) -> tuple[AbstractFil
         return system, files_in(system, path)
     except OSError as exc:
         raise InvalidSource(f"{location} cannot be listed: {exc}") from exc
+
+
+def source_schema(source: Any, repo_path: Path | str | None) -> pa.Schema:
+    """The columns of a FileSource, those of its partitions included, by its first file.
+
+    Feast's own reading of it takes neither the source's credentials nor a Delta table behind plain HTTP.
+
+    Raises:
+        InvalidSource: it has no files, or they cannot be read.
+    """
+    import pyarrow as pa
+    from feast.data_format import DeltaFormat
+    from pyarrow.parquet import ParquetDataset
+
+    location = resolve(source.path, repo_path)
+    if isinstance(source.file_format, DeltaFormat):
+        return pa.schema(_open_delta(source, location).schema().to_arrow())
+    system, files = source_files(source, repo_path)
+    if not files:
+        raise InvalidSource(f"{location} holds no Parquet file.", hint="Check the path of the FileSource.")
+    try:
+        return ParquetDataset(files, filesystem=system).schema
+    except (OSError, pa.ArrowInvalid) as exc:
+        raise InvalidSource(f"{location} cannot be read as Parquet: {exc}") from exc
+
+
+def source_state(source: Any) -> list[tuple[str, int, str]]:
+    """Path, size and time of change of every file of a remote FileSource.
+
+    Raises:
+        InvalidSource: they cannot be listed.
+    """
+    system, files = source_files(source, None)
+    try:
+        found = [system.info(file) for file in files]
+    except OSError as exc:
+        raise InvalidSource(f"{source.path} cannot be listed: {exc}") from exc
+    changed = ("mtime", "LastModified", "updated", "created")
+    return [
+        (file, int(info["size"]), str(next((info[name] for name in changed if info.get(name)), "")))
+        for file, info in zip(files, found, strict=True)
+    ]
 
 
 def _register_remote(con: duckdb.DuckDBPyConnection, source: Any) -> list[str]:

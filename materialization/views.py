@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import InvalidRepository
 from core.repository import DUMMY_JOIN_KEY, FeastRepository, Feature, View
-from core.source import Scan, local_files, resolve, scan
+from core.source import Scan, local_files, resolve, scan, source_state
 from core.types import Dtype, Field
 from materialization.window import ViewSource, Window
 
@@ -157,16 +157,21 @@ def definition_digest(view: FeatureView, config: RepoConfig) -> str:
 
 
 def source_fingerprint(view: FeatureView, config: RepoConfig) -> str | None:
-    """Changes when the source's files do (names, sizes, times of change); None where they cannot be seen."""
+    """Changes when the source's files do (names, sizes, times of change); None where it has none.
+
+    Raises:
+        InvalidSource: the files of a remote source cannot be listed.
+    """
     path = getattr(view.batch_source, "path", None)
     if not path:
         return None
     location = resolve(path, config.repo_path)
+    digest = hashlib.sha256()
     if "://" in location:
-        return None
+        digest.update(json.dumps(source_state(view.batch_source)).encode())
+        return digest.hexdigest()[:16]
     root = Path(location)
     files = sorted(map(str, root.rglob("*"))) if root.is_dir() else local_files(location)
-    digest = hashlib.sha256()
     for file in files:
         stat = Path(file).stat()
         digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\n".encode())

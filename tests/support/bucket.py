@@ -60,6 +60,15 @@ class Bucket:
         self._server.server_close()
         self._thread.join()
 
+    @property
+    def endpoint(self) -> str:
+        """The server's address, for ``s3_endpoint_override``."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def at(self, key: str) -> str:
+        """The URL of an object, a prefix or a glob."""
+        return f"s3://{self.name}/{key}"
+
     @contextmanager
     def away(self) -> Iterator[None]:
         """Nothing listens in the block."""
@@ -85,10 +94,11 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     bucket = Bucket()
     bucket.start()
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{bucket.port}",
+        "AWS_ENDPOINT_URL": bucket.endpoint,
         "AWS_ACCESS_KEY_ID": "anyone",
         "AWS_SECRET_ACCESS_KEY": "anything",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",  # Arrow would look for a machine of Amazon's around it
     }.items():
         monkeypatch.setenv(name, value)
     try:
