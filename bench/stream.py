@@ -351,7 +351,8 @@ def main() -> None:
     }
     rate = found["events_per_second"]["added"]
     report.line_chart("stream", f"XADD to /predict at {rate:,} events/s", ("seconds", "ms"), lines)
-    report.replace_section(HERE.parent / "docs" / "stream.md", "stream", text)
+    picture = "\n\n[By second](../bench/results/stream.svg)."
+    report.replace_section(HERE.parent / "docs" / "stream.md", "stream", text + picture)
 
 
 if __name__ == "__main__":
