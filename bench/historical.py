@@ -13,8 +13,9 @@ the median of the ratios within each round: on a busy machine only they count, a
 seconds. A process may use ``--memory-gb`` and ``--timeout``; a contender that needs more, or takes longer
 than ``--once-over``, runs once; on a dense shape, it is not tried on a larger one either.
 
-``memory`` joins 5 million events of each of three views, on dense keys, with DuckDB's default memory and with
-256 MB, and tells the peak of the process and what of it was there before the call.
+``memory`` joins 30,000 entity rows with ``--memory-events`` events of three views, on dense keys, with a
+``memory_limit`` of 256 MB and, the most of them, with DuckDB's default: the peak of the process, what of it
+was there before the call, the most that lay in the spill folder, and the files left there.
 
 ``growth`` runs Banquet alone on dense keys while entity rows and then events double, and fits its CPU seconds
 to a + b * rows + c * events.
@@ -30,20 +31,24 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+_START = time.perf_counter()
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -54,7 +59,6 @@ DIFFERENCES = ("rows_lost", "rows_different", "rows_out_of_place")
 CONTENDERS = ("banquet", "duckdb", "polars", "feast-duckdb", "feast-dask")
 NEEDS_EXTRA = {"polars", "feast-duckdb"}
 DEFAULT_SHAPES = "100kx1M,1Mx1M,100kx10M,1Mx10M,dense-30k,dense-300k"
-MEMORY_SHAPE = "dense-30kx5M"
 # Dense keys: entity rows double, then events.
 GROWTH = [(30_000 << n, 340_000) for n in range(4)] + [(30_000, 340_000 << n) for n in range(1, 4)]
 
@@ -200,7 +204,15 @@ def banquet(case: Shape, folder: Path) -> Callable[[], Any]:
 
 def banquet_256mb(case: Shape, folder: Path) -> Callable[[], Any]:
     """Banquet's plugin where DuckDB may use 256 MB: the rest goes to disk."""
-    return _feast(case, folder, {"type": "core.offline.BanquetOfflineStore", "memory_limit": "256MB"})
+    return _feast(
+        case,
+        folder,
+        {
+            "type": "core.offline.BanquetOfflineStore",
+            "memory_limit": "256MB",
+            "temp_directory": str(folder / "spill"),
+        },
+    )
 
 
 def feast_duckdb(case: Shape, folder: Path) -> Callable[[], Any]:
@@ -388,7 +400,7 @@ def measure(
             if name in failed or any(run["first"]["seconds"] > once_over for run in runs[name]):
                 continue
             found = bench.run(python, name, case)
-            print(f"  {case.name} {name}: {found.get('failed') or _told(found)}", file=sys.stderr)
+            _say(f"{case.name} {name}: {found.get('failed') or _told(found)}")
             if "failed" in found:
                 failed[name] = found["failed"]
                 continue
@@ -402,6 +414,11 @@ def measure(
         _summary(case, name, runs[name], runs.get("banquet", []), failed.get(name)) | counted.get(name, {})
         for name in names
     ]
+
+
+def _say(line: str) -> None:
+    """A line of progress, with the seconds since the start."""
+    print(f"  {time.perf_counter() - _START:4.0f} s  {line}", file=sys.stderr, flush=True)
 
 
 def _told(run: dict[str, Any]) -> str:
@@ -437,38 +454,74 @@ def _summary(
     return row | {"peak_mb": round(max(run["peak_mb"] for run in runs))}
 
 
-def memory(bench: Bench) -> list[dict[str, Any]]:
-    """The peak of one process with DuckDB's default memory and with 256 MB."""
-    case = shape(MEMORY_SHAPE)
-    generate(case, bench.scratch)
+def memory(bench: Bench, events: Sequence[int]) -> list[dict[str, Any]]:
+    """The peak of one process for numbers of events of three views, with 256 MB and with the default."""
     rows = []
-    for name in ("banquet", "banquet-256mb"):
-        found = bench.run(Path(sys.executable), name, case)
+    spill = bench.scratch / "spill"
+    for count, name in [*((count, "banquet-256mb") for count in events), (max(events), "banquet")]:
+        case = shape(f"dense-30kx{count // 3}")
+        generate(case, bench.scratch)
+        shutil.rmtree(spill, ignore_errors=True)
+        spill.mkdir()
+        row: dict[str, Any] = {"contender": name, "events": count}
+        with _largest(spill) as sizes:
+            found = bench.run(Path(sys.executable), name, case)
+        _say(f"{count:,} events, {name}: {found.get('failed') or _told(found)}")
         if "failed" in found:
-            rows.append({"contender": name, "failed": found["failed"]})
+            rows.append(row | {"failed": found["failed"]})
             continue
-        print(f"  {case.name} {name}: peak {found['peak_mb']:.0f} MB, {_told(found)}", file=sys.stderr)
-        rows.append({"contender": name, **{key: found[key] for key in ("before_mb", "peak_mb", "first")}})
-    if all("failed" not in row for row in rows):
-        rows[1] |= differences(case, bench.result("banquet"), bench.result("banquet-256mb"))
+        row |= {key: found[key] for key in ("before_mb", "peak_mb", "first")}
+        row |= {"spilled_mb": max(sizes) / 1e6, "files_left": len(list(spill.iterdir()))}
+        if name == "banquet" and "failed" not in rows[-1]:
+            row |= differences(case, bench.result("banquet"), bench.result("banquet-256mb"))
+        rows.append(row)
     return rows
+
+
+@contextmanager
+def _largest(folder: Path) -> Iterator[list[int]]:
+    """The sizes of ``folder`` in bytes, looked at ten times a second."""
+    sizes, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.1):
+            try:
+                sizes.append(sum(file.stat().st_size for file in folder.iterdir()))
+            except OSError:
+                # A file went away between the two.
+                continue
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield sizes
+    finally:
+        done.set()
+        thread.join()
 
 
 def memory_text(rows: list[dict[str, Any]]) -> str:
     """The peaks as Markdown."""
-    lines = [
-        [row["contender"], row["failed"], "", "", ""]
-        if "failed" in row
-        else [
-            row["contender"],
-            f"{row['before_mb']:,.0f}",
-            f"{row['peak_mb']:,.0f}",
-            f"{row['first']['seconds']:.2f}",
-            f"{row['first']['cpu_seconds']:.2f}",
-        ]
-        for row in rows
-    ]
-    return report.table([MEMORY_SHAPE, "MB before the call", "peak MB", "seconds", "CPU seconds"], lines)
+    lines = []
+    for row in rows:
+        limit = "256 MB" if row["contender"] == "banquet-256mb" else "default"
+        named = [f"{row['events']:,}", limit]
+        if "failed" in row:
+            lines.append([*named, row["failed"], *[""] * 5])
+            continue
+        lines.append(
+            [
+                *named,
+                f"{row['before_mb']:,.0f}",
+                f"{row['peak_mb']:,.0f}",
+                f"{row['spilled_mb']:,.0f}",
+                str(row["files_left"]),
+                f"{row['first']['seconds']:.2f}",
+                f"{row['first']['cpu_seconds']:.2f}",
+            ]
+        )
+    header = ["events, dense keys", "`memory_limit`", "MB before the call", "peak MB", "most MB spilled"]
+    return report.table([*header, "files left", "seconds", "CPU seconds"], lines)
 
 
 def growth(bench: Bench) -> dict[str, Any]:
@@ -482,7 +535,7 @@ def growth(bench: Bench) -> dict[str, Any]:
         generate(case, bench.scratch)
         found = bench.run(Path(sys.executable), "banquet", case)
         seconds[rows, events] = found["first"]["cpu_seconds"]
-        print(f"  {rows:,} rows x {events:,} events: {_told(found)}", file=sys.stderr)
+        _say(f"{rows:,} rows x {events:,} events: {_told(found)}")
     sizes = np.array([[1, rows, 3 * events] for rows, events in seconds])
     measured = np.array(list(seconds.values()))
     plane, *_ = np.linalg.lstsq(sizes, measured, rcond=None)
@@ -544,6 +597,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--parts", default="compare,memory,growth")
+    parser.add_argument("--memory-events", default="1M,10M", help="of the part memory, in three views")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warm", type=int, default=2, help="calls of a process after its first")
     parser.add_argument("--warm-seconds", type=float, default=4.0, help="of calls, after which none follows")
@@ -582,7 +636,9 @@ def main() -> None:
         ]
         texts.append(table(record["results"]))
     if "memory" in parts:
-        record["memory"] = memory(replace(bench, warm=0))
+        record["memory"] = memory(
+            replace(bench, warm=0), list(map(_number, options.memory_events.split(",")))
+        )
         texts.append(memory_text(record["memory"]))
     if "growth" in parts:
         record["growth"] = growth(bench)

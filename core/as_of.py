@@ -47,51 +47,92 @@ class Found:
     fresh: np.ndarray
 
 
-def newest(candidates: pa.Table, asked: Asked, ttl: int, made: Made | None) -> Found | None:
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """How a key's number and a time make one integer that sorts by key and then by time: a moment.
+
+    ``origin`` is the earliest time, ``span`` how many there are, ``keys`` how many keys.
+    """
+
+    origin: int
+    span: int
+    keys: int
+
+    @property
+    def fit(self) -> bool:
+        """Every moment, and every difference of two times, is within 64 bits."""
+        last = self.origin + self.span - 1
+        return self.keys * self.span < 1 << 63 and max(-self.origin, last) < _REACH
+
+
+def newest(
+    moments: np.ndarray, places: np.ndarray, asked: Asked, scale: Moments, ttl: int, made: Made | None
+) -> Found:
     """For each row asked about the newest candidate of its key at or before its time.
 
     Of several that share key and time the one created last wins, then the one whose place is largest.
 
     Args:
-        candidates: ``code``, ``t`` and ``place``, int64 without nulls.
-        asked: the rows, with times in the unit of ``t``.
-        ttl: the age up to which a candidate counts, in the unit of ``t``; 0 for any.
+        moments: the candidates' keys and times, int64.
+        places: the candidates' places, int64.
+        asked: the rows, with times in the unit of the moments.
+        scale: what the moments are made with; it must ``fit``.
+        ttl: the age up to which a candidate counts, in the unit of the times; 0 for any.
         made: reads when the candidates at some places were created, null for the earliest.
-
-    Returns:
-        None where key and time together do not fit 64 bits.
     """
-    if not candidates.num_rows or not len(asked.row):
+    if not len(moments) or not len(asked.row):
         none = np.zeros(0, np.int64)
         return Found(none, none, none, none.astype(np.bool_))
-    code, times, places = (candidates[name].to_numpy() for name in ("code", "t", "place"))
-    oldest, last = int(times.min()), int(times.max())
-    span = last - oldest + 1
-    keys = int(max(code.max(), asked.code.max())) + 1
-    if keys * span >= 1 << 63 or max(-oldest, last, int(asked.at.max())) >= _REACH:
-        return None
-    moments = code * span + (times - oldest)
-    order = np.argsort(moments)
-    moments = moments[order]
+    order, moments = _sorted(moments)
     _settle(places, order, moments, made)
-    first = asked.code * span
-    at = np.searchsorted(moments, first + (np.clip(asked.at, oldest - 1, last) - oldest), "right") - 1
+    first = asked.code * scale.span
+    last = np.clip(asked.at, scale.origin - 1, scale.origin + scale.span - 1)
+    last += first - scale.origin
+    at = np.searchsorted(moments, last, "right") - 1
     # Before the first moment of its key, what was found belongs to the key before, or to none.
     known = (at >= 0) & (moments[at] >= first)
-    winner = order[at[known]]
-    time = times[winner]
+    at = at[known]
+    time = moments[at] - first[known] + scale.origin
     fresh = asked.upper[known] - time <= min(ttl or _FOREVER, _FOREVER)
-    return Found(asked.row[known], places[winner], time, fresh)
+    return Found(asked.row[known], places[order[at]], time, fresh)
+
+
+def _sorted(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the moments, and the moments in it.
+
+    A plain sort of as much of each moment as 63 bits hold beside its index, and then of those that this did
+    not tell apart, takes a third of the time of ``argsort``.
+    """
+    bits = len(moments).bit_length()
+    cut = max(int(moments.max()).bit_length() + bits - 63, 0)
+    packed = moments >> cut
+    packed <<= bits
+    packed |= np.arange(len(moments))
+    packed.sort()
+    order = packed & ((1 << bits) - 1)
+    moments = moments[order]
+    if (moments[1:] < moments[:-1]).any():
+        packed >>= bits
+        mixed = _repeated(packed)
+        among = np.argsort(moments[mixed])
+        order[mixed], moments[mixed] = order[mixed][among], moments[mixed][among]
+    return order, moments
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """Which of the sorted ``values`` occur more than once."""
+    same = values[1:] == values[:-1]
+    repeated = np.zeros(len(values), np.bool_)
+    repeated[1:] |= same
+    repeated[:-1] |= same
+    return repeated
 
 
 def _settle(places: np.ndarray, order: np.ndarray, moments: np.ndarray, made: Made | None) -> None:
     """Put those of one moment in the order in which they win, the winner last."""
-    same = moments[1:] == moments[:-1]
-    if not same.any():
+    tied = _repeated(moments)
+    if not tied.any():
         return
-    tied = np.zeros(len(moments), np.bool_)
-    tied[1:] |= same
-    tied[:-1] |= same
     rivals = order[tied]
     columns = {"moment": pa.array(moments[tied])}
     if made:

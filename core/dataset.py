@@ -87,6 +87,8 @@ def training_dataset(
         DatasetMismatch: the offline store returned other rows than it was given.
     """
     rows = _entity_table(entities)
+    # Before Feast is imported, which takes seconds.
+    _check_entities(FeaturePlan.for_service(repository.definitions(), service), service, rows)
     # Sources that change while the join runs must not end up in the lock as what was read.
     sources = dataset_lock.source_fingerprints(repository, service)
     table = _join(repository, service, rows)
@@ -244,7 +246,10 @@ def _entity_table(entities: pd.DataFrame | pa.Table | Path) -> pa.Table:
             return entities
         return pa.Table.from_pandas(entities, preserve_index=False)
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as exc:
-        raise EntityFrameError(f"The entity rows cannot be read: {exc}") from exc
+        raise EntityFrameError(
+            f"The entity rows cannot be read: {exc}",
+            hint="Write them as a Parquet file." if isinstance(entities, Path) else None,
+        ) from exc
 
 
 def _check_entities(plan: FeaturePlan, service: str, rows: pa.Table) -> list[str]:
@@ -253,15 +258,60 @@ def _check_entities(plan: FeaturePlan, service: str, rows: pa.Table) -> list[str
     absent = [name for name in needed if name not in rows.column_names]
     if absent:
         raise EntityFrameError(
-            f"The entity rows have no column {', '.join(absent)}.",
-            hint=f"{service} needs {', '.join(needed)}.",
+            f"The entity rows have no column {', '.join(absent)}.", hint=_columns_needed(plan, service)
         )
     taken = [name for name in rows.column_names if name in plan.dtypes]
     if taken:
         raise EntityFrameError(
             f"The entity rows have columns named like features: {', '.join(taken)}.", hint="Rename them."
         )
+    kind = rows.schema.field(TIMESTAMP).type
+    if not _holds(kind, Dtype.UNIX_TIMESTAMP):
+        raise EntityFrameError(
+            f"Column {TIMESTAMP!r} of the entity rows has the type {kind}, which is no time.",
+            hint="Make it timestamps, with a time zone or in UTC.",
+        )
+    for name, definition in plan.request_inputs.items():
+        kind = rows.schema.field(name).type
+        # A time may come as seconds here: functions do as they like with it.
+        if definition.dtype is not Dtype.UNIX_TIMESTAMP and not _holds(kind, definition.dtype):
+            raise EntityFrameError(
+                f"Request-time input {name!r} is {kind} in the entity rows, {definition.dtype.name} in the "
+                "definitions.",
+                hint=f"Convert the column {name!r} of the entity rows.",
+            )
     return needed
+
+
+def _columns_needed(plan: FeaturePlan, service: str) -> str:
+    keys = ", ".join(f"{key.name} ({key.dtype.name})" for key in plan.join_keys)
+    inputs = ", ".join(f"{name} ({input.dtype.name})" for name, input in plan.request_inputs.items())
+    parts = [f"{service} needs {TIMESTAMP}, the time of each row"]
+    parts += [f"the join keys {keys}"] if keys else []
+    parts += [f"the request-time inputs {inputs}"] if inputs else []
+    clocks = [name for name, input in plan.request_inputs.items() if input.tags.get("default") == "now"]
+    told = [f" {name} is {TIMESTAMP} in epoch seconds." for name in clocks]
+    return "; ".join(parts) + "." + "".join(told)
+
+
+def _holds(kind: pa.DataType, dtype: Dtype) -> bool:
+    """Whether a column of ``kind`` can hold values of ``dtype``, by its kind alone.
+
+    Whole floats are integers with gaps, text may be a time. Other dtypes than these are not judged.
+    """
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if dtype in {Dtype.INT32, Dtype.INT64, Dtype.FLOAT, Dtype.DOUBLE, Dtype.DECIMAL}:
+        holds = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    elif dtype is Dtype.BOOL:
+        holds = types.is_boolean(kind)
+    elif dtype is Dtype.STRING:
+        holds = text
+    else:
+        holds = dtype is not Dtype.UNIX_TIMESTAMP or types.is_timestamp(kind) or types.is_date(kind) or text
+    return bool(holds or types.is_null(kind))
 
 
 def _join(repository: FeastRepository, service: str, rows: pa.Table) -> pa.Table:

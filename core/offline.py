@@ -35,7 +35,7 @@ from feast.utils import _get_requested_feature_views_to_features_dict, compute_n
 
 from core import parquet
 from core.comparison import epoch
-from core.errors import InvalidSource
+from core.errors import EntityFrameError, InvalidSource
 from core.point_in_time import point_in_time_join
 from core.retrieval import (
     EPOCH,
@@ -186,7 +186,7 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
         BigQuery and Spark stores have it); the defaults are Feast's.
 
         Running the job raises EntityFrameError for entity rows that cannot be joined, InvalidSource for a
-        source that cannot be read.
+        source that cannot be read. A range that ends before it starts is an EntityFrameError at once.
         """
         on_demand = on_demand_views(feature_refs, project, registry)
         requested, _ = _get_requested_feature_views_to_features_dict(feature_refs, feature_views, on_demand)
@@ -195,6 +195,11 @@ class BanquetOfflineStore(OfflineStore):  # type: ignore[misc]  # Feast ships no
             start, end = compute_non_entity_date_range(
                 feature_views, start_date=start_date, end_date=end_date
             )
+            if start > end:
+                raise EntityFrameError(
+                    f"start_date {start.isoformat()} is after end_date {end.isoformat()}.",
+                    hint="Give them the other way round.",
+                )
 
         def evaluate() -> pa.Table:
             with session(config) as con:

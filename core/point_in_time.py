@@ -18,19 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from core.as_of import BYTES_PER_ROW, Asked, newest
+from core.as_of import BYTES_PER_ROW, Asked, Moments, newest
 from core.comparison import NANOSECOND_TYPES, comparable, epoch, within
 from core.errors import EntityFrameError, InvalidSource
+from core.numbered_rows import Numbered, NumberedRows
 from core.source import Scan, identifier
 from core.types import FeatureStatus
 
 _MICROSECOND = timedelta(microseconds=1)
+_SECOND_US = 1_000_000
+# Within it, core.comparison.within drops no bound of a time.
+_EXACT_US = 9_000_000_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,26 +103,23 @@ def point_in_time_join(
         InvalidSource: the source's timestamp is not a time.
     """
     keys = list(dict.fromkeys(key for view in views for key in view.keys))
-    for column in (*keys, timestamp):
-        if column not in entities.column_names:
-            raise EntityFrameError(
-                f"The entity rows have no column {column!r}.",
-                hint=f"Their columns: {', '.join(entities.column_names)}.",
-            )
-    key_types = _load_entities(con, entities, keys, timestamp)
+    entity_rows = NumberedRows(con, entities, keys, timestamp)
     rows = entities.num_rows
     room = (_memory_limit(con) // 8 // BYTES_PER_ROW if in_memory is None else in_memory) - rows
-    numbered: dict[tuple[str, ...], _Keys] = {}
+    numbered: dict[tuple[str, ...], Numbered] = {}
+    compared: dict[tuple[str, ...], _Keys] = {}
     tables: list[pa.Table] = []
     statuses: dict[str, np.ndarray] = {}
     event_ns: dict[str, np.ndarray] = {}
     try:
         for view in views:
-            join = _Join(con, view, keys, key_types, known_by_then, expired, room)
-            compared = tuple(join.entity_keys)
-            if compared not in numbered:
-                numbered[compared] = _Keys(con, compared, len(numbered))
-            join.keys = numbered[compared]
+            join = _Join(con, view, entity_rows, known_by_then, expired, room)
+            own, sides = tuple(view.keys), tuple(join.entity_keys)
+            if own not in numbered:
+                numbered[own] = entity_rows.numbered(own)
+            if sides not in compared:
+                compared[sides] = _Keys(con, numbered[own], sides, len(compared))
+            join.keys = compared[sides]
             # Where the files give each row a place, nothing depends on the order of a scan.
             con.execute(f"SET preserve_insertion_order = {not _place(view.scan.position)}")
             tables.append(_unchanged(view.scan, partial(join.run, rows)))
@@ -126,9 +128,10 @@ def point_in_time_join(
                 event_ns[view.name] = join.event_ns
     finally:
         con.execute("RESET preserve_insertion_order")
-        coded = [table for numbers in numbered.values() for table in (numbers.table, numbers.rows)]
-        for table in ("entity", "copy", "candidate", "found", "winner", *coded):
+        for table in ("copy", "candidate", "found", "winner"):
             con.execute(f"DROP TABLE IF EXISTS {table}")
+        for made in compared.values():
+            made.drop()
     columns = {name: table[name] for table in tables for name in table.column_names}
     return Joined(pa.table(columns), statuses, event_ns)
 
@@ -153,77 +156,37 @@ def _memory_limit(con: duckdb.DuckDBPyConnection) -> int:
     return int(float(size) * 1024 ** ["bytes", "KiB", "MiB", "GiB", "TiB"].index(unit))
 
 
-def _load_entities(
-    con: duckdb.DuckDBPyConnection, entities: pa.Table, keys: Sequence[str], timestamp: str
-) -> dict[str, str]:
-    """Create the table ``entity`` and return the keys' types.
-
-    Its columns: the row number, the keys as k0.., and the time as ``us``, ``us_up`` (rounded up) and ``ns``.
-    """
-    columns = {f"k{i}": entities[key] for i, key in enumerate(keys)}
-    columns["t"] = entities[timestamp]
-    columns["row"] = pa.array(np.arange(entities.num_rows, dtype=np.int64))
-    con.register("entity_rows", pa.table(columns))
-    try:
-        described = con.execute("DESCRIBE SELECT * FROM entity_rows").fetchall()
-        types = {name: kind for name, kind, *_ in described}
-        kind = types["t"]
-        try:
-            down, nanoseconds = epoch("t", kind, "us"), epoch("t", kind, "ns")
-        except InvalidSource as exc:
-            raise EntityFrameError(
-                f"Column {timestamp!r} of the entity rows has the type {kind}, which is no time.",
-                hint="Make it timestamps, with a time zone or in UTC.",
-            ) from exc
-        up = down
-        if kind in NANOSECOND_TYPES:
-            up = f"(({nanoseconds} + (1000 - {nanoseconds} % 1000) % 1000) // 1000)"
-        selected = "".join(f"k{i}, " for i in range(len(keys)))
-        con.execute(
-            f"CREATE OR REPLACE TEMP TABLE entity AS SELECT row, {selected}"
-            f"{down} AS us, {up} AS us_up, {nanoseconds} AS ns FROM entity_rows WHERE t IS NOT NULL"
-        )
-    finally:
-        con.unregister("entity_rows")
-    return {key: types[f"k{i}"] for i, key in enumerate(keys)}
-
-
 class _Keys:
-    """The distinct keys of the entity rows, numbered from 0, as one view compares them.
+    """The distinct keys of the entity rows as one view compares them.
 
-    ``table`` has the keys k0.. and their ``code``, ``rows`` the entity rows with theirs; a row with a null
-    in its key is in neither. ``count`` is how many keys there are.
+    ``table`` has them as k0.. with their ``code``; ``rows``, for statements, the entity rows with theirs,
+    ``asked`` and ``upper``.
     """
 
-    def __init__(self, con: duckdb.DuckDBPyConnection, keys: Sequence[str], number: int) -> None:
-        self.table, self.rows = f"key{number}", f"coded{number}"
-        distinct = "SELECT 1"
-        if keys:
-            selected = ", ".join(f"{key} AS k{i}" for i, key in enumerate(keys))
-            present = " AND ".join(f"{key} IS NOT NULL" for key in keys)
-            distinct = f"SELECT DISTINCT {selected} FROM entity e WHERE {present}"
-        con.execute(
-            f"CREATE TEMP TABLE {self.table} AS SELECT *, row_number() OVER () - 1 AS code FROM ({distinct})"
-        )
-        con.execute(
-            f"CREATE TEMP TABLE {self.rows} AS SELECT e.row, e.us, e.us_up, e.ns, k.code "
-            f"FROM entity e JOIN {self.table} k ON {_equal(keys)}"
-        )
-        self.count = con.execute(f"SELECT count(*) FROM {self.table}").fetchall()[0][0]
-        self._con = con
-
-    @cached_property
-    def _sorted(self) -> dict[str, np.ndarray]:
-        rows: dict[str, np.ndarray] = self._con.execute(f"SELECT * FROM {self.rows}").fetchnumpy()
-        # The order is for the cache of the processor alone, so that floats are good enough for it.
-        times = rows["us"] - (rows["us"].min() if len(rows["us"]) else 0)
-        order = np.argsort(rows["code"] + times / (times.max(initial=0) + 1))
-        return {name: column[order] for name, column in rows.items()}
+    def __init__(
+        self, con: duckdb.DuckDBPyConnection, numbered: Numbered, compared: Sequence[str], number: int
+    ) -> None:
+        self._con, self._numbered = con, numbered
+        self.table, self.rows, self.count = f"key{number}", f"coded{number}", numbered.keys.num_rows
+        con.register("distinct_keys", numbered.keys)
+        selected = "".join(f"{key} AS k{i}, " for i, key in enumerate(compared))
+        con.execute(f"CREATE TEMP TABLE {self.table} AS SELECT {selected}code FROM distinct_keys e")
+        con.unregister("distinct_keys")
 
     def asked(self, unit: str) -> Asked:
-        """The entity rows with their times in ``us`` or ``ns``, in about the order of key and time."""
-        rows = self._sorted
-        return Asked(rows["row"], rows["code"], rows[unit], rows["us_up" if unit == "us" else "ns"])
+        """The entity rows with their times in ``us`` or ``ns``."""
+        return self._numbered.asked(unit)
+
+    def load(self, unit: str) -> None:
+        """Make ``rows`` with times in ``unit``."""
+        asked = self.asked(unit)
+        columns = {"row": asked.row, "code": asked.code, "asked": asked.at, "upper": asked.upper}
+        self._con.register(self.rows, pa.table(columns))
+
+    def drop(self) -> None:
+        """Take both tables away."""
+        self._con.execute(f"DROP TABLE IF EXISTS {self.table}")
+        self._con.unregister(self.rows)
 
 
 def _equal(keys: Sequence[str]) -> str:
@@ -241,8 +204,7 @@ class _Join:
         self,
         con: duckdb.DuckDBPyConnection,
         view: ViewJoin,
-        keys: Sequence[str],
-        key_types: Mapping[str, str],
+        entities: NumberedRows,
         known_by_then: bool,
         expired: bool,
         room: int,
@@ -251,14 +213,14 @@ class _Join:
         kinds = view.scan.columns
         available = view.created if known_by_then else None
         nanoseconds = {kinds[name] for name in (view.timestamp, available) if name} & NANOSECOND_TYPES
-        self.unit, self.upper = ("ns", "ns") if nanoseconds else ("us", "us_up")
+        self.unit = "ns" if nanoseconds else "us"
         self.ttl = view.ttl // _MICROSECOND * (1000 if nanoseconds else 1)
         # The same keys on both sides, in a form that compares by value.
         self.entity_keys: list[str] = []
         self.source_keys: list[str] = []
         for key, source_key in view.keys.items():
-            name, kind, source_kind = f"k{keys.index(key)}", key_types[key], kinds[source_key]
-            sides = comparable(f"e.{name}", kind, _column(source_key), source_kind)
+            kind, source_kind = entities.key_types[key], kinds[source_key]
+            sides = comparable(f"e.{entities.names[key]}", kind, _column(source_key), source_kind)
             if sides is None:
                 raise EntityFrameError(
                     f"Key {key!r} is {kind} in the entity rows, {source_kind} in the source of "
@@ -283,10 +245,10 @@ class _Join:
         self.winner = None
         self.status = np.full(rows, FeatureStatus.NOT_FOUND, np.int8)
         self.event_ns = np.zeros(rows if self.expired else 0, np.int64)
-        bounds = self.con.execute(f"SELECT min({self.upper}), max({self.unit}) FROM entity").fetchall()
-        lowest, highest = bounds[0]
+        asked = self.keys.asked(self.unit)
         found = 0
-        if lowest is not None:
+        if len(asked.row):
+            lowest, highest = int(asked.upper.min()), int(asked.at.max())
             self._look(lowest, highest)
             searched = self._search()
             found = self._find(lowest, highest) if searched is None else searched
@@ -296,12 +258,20 @@ class _Join:
         return pa.table(columns, names=list(self.view.features))
 
     def _look(self, lowest: int, highest: int) -> None:
-        """Set ``source``, what it is to be read ``where``, and ``place``, which tells its rows apart."""
+        """Set ``source``, what it is to be read ``where``, and ``place``, which tells its rows apart.
+
+        ``bounds`` are microseconds between which ``where`` keeps the times, both included, if it does.
+        """
         scan = self.view.scan
         scale = 1000 if self.unit == "ns" else 1
         start = (lowest - self.ttl) // scale if self.ttl and not self.expired else None
+        end = -(-highest // scale)
         kind = scan.columns[self.view.timestamp]
-        self.where = within(_column(self.view.timestamp), kind, start, -(-highest // scale))
+        self.where = within(_column(self.view.timestamp), kind, start, end)
+        self.bounds = None
+        if start is not None and -_EXACT_US < start <= end < _EXACT_US:
+            # A source in seconds or milliseconds is cut at the nearest of its own.
+            self.bounds = start - _SECOND_US, end + _SECOND_US
         self.source, self.place = f"{scan.table} AS s", _place(scan.position)
         if not self.place:
             # Rows that have no place in a file get one in a copy of what is needed of them.
@@ -326,31 +296,51 @@ class _Join:
         """Set ``winner``, found in memory, and return how many count; None where that is not possible."""
         if "c" in self.looked_at or self.room < 0:
             return None
-        query = f"{self._candidates(self.looked_at)} LIMIT {self.room + 1}"
+        kind = self.view.scan.columns[self.view.timestamp]
+        time = epoch(_column(self.view.timestamp), kind, "us")
+        scale = self._scale(time)
+        if scale is None or not scale.fit:
+            return None
+        looked_at = {"moment": f"k.code * {scale.span} + ({time} - {scale.origin})"}
+        if self.unit == "ns":
+            # Whole microseconds leave more of the 64 bits to the keys.
+            looked_at["part"] = f"{self.looked_at['t']} % 1000 <> 0"
+        query = f"{self._candidates(looked_at)} LIMIT {self.room + 1}"
         candidates = self.con.sql(query).to_arrow_table()
         if candidates.num_rows > self.room:
             return None
-        unit, ttl = self.unit, self.ttl
-        if unit == "ns":
-            times = candidates["t"].to_numpy()
-            if not (times % 1000).any():
-                # Whole microseconds leave more of the 64 bits to the keys.
-                position = candidates.column_names.index("t")
-                candidates = candidates.set_column(position, "t", pa.array(times // 1000))
-                unit, ttl = "us", ttl // 1000
-        found = newest(candidates, self.keys.asked(unit), ttl, self._made if self.view.created else None)
-        if found is None:
+        if self.unit == "ns" and pc.any(candidates["part"]).as_py():
             return None
+        found = newest(
+            candidates["moment"].to_numpy(),
+            candidates["place"].to_numpy(),
+            self.keys.asked("us"),
+            scale,
+            self.view.ttl // _MICROSECOND,
+            self._made if self.view.created else None,
+        )
         row, place = found.row[found.fresh], found.place[found.fresh]
         if self.expired:
             self.status[found.row] = FeatureStatus.OUTSIDE_MAX_AGE
-            self.event_ns[found.row] = found.time * (1 if unit == "ns" else 1000)
+            self.event_ns[found.row] = found.time * 1000
         self.status[row] = FeatureStatus.PRESENT
         self.winner = pa.table({"row": row, "place": place})
         if len(place) and self.place == "s.file_row_number":
             # Skips row groups by the numbers of their rows, and need not read times once more.
             self.where = f"{self.place} BETWEEN {place.min()} AND {place.max()}"
         return len(row)
+
+    def _scale(self, time: str) -> Moments | None:
+        """How keys and ``time``, microseconds, make moments; None where no source row is in range."""
+        if self.bounds:
+            origin, last = self.bounds
+            scale = Moments(origin, last - origin + 1, self.keys.count)
+            if scale.fit:
+                return scale
+        # The range that was asked for is open, or wider than 64 bits: perhaps the source's own is not.
+        query = f"SELECT min({time}), max({time}) FROM {self.source} WHERE {self.where}"
+        origin, last = self.con.execute(query).fetchall()[0]
+        return None if origin is None else Moments(origin, last - origin + 1, self.keys.count)
 
     def _find(self, lowest: int, highest: int) -> int:
         """Create ``found``: per entity row the identity of its newest candidate. Return how many count.
@@ -367,8 +357,8 @@ class _Join:
         # Entity rows' times were rounded up by at most one for the ttl.
         ttl = self.ttl if self.ttl <= highest - oldest else 0
         span = last - oldest + 1
-        numbers = f"e.row, e.code, e.{self.unit} AS asked, e.{self.upper} AS upper"
-        entities = f"(SELECT {numbers} FROM {self.keys.rows} e WHERE e.{self.unit} >= {oldest})"
+        self.keys.load(self.unit)
+        entities = f"(SELECT * FROM {self.keys.rows} WHERE asked >= {oldest})"
         small = max(map(abs, (lowest, highest, oldest))) < 1 << 61
         if small and self.keys.count * span < 1 << 63 and "c" not in self.looked_at:
             self.identity = {"moment": f"(s.code * {span} + (s.t - {oldest}))"}

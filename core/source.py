@@ -87,6 +87,8 @@ def connect(
         options["temp_directory"] = str(temp_directory)
     con = duckdb.connect(config=options)
     con.execute("SET timezone = 'UTC'")
+    # Ahead of their use, whole row groups of local files only cost memory, and so time (ADR 0105).
+    con.execute("SET disable_parquet_prefetching = true")
     return con
 
 
@@ -360,6 +362,7 @@ def source_state(source: Any) -> list[tuple[str, int, str]]:
 def _register_remote(con: duckdb.DuckDBPyConnection, source: Any) -> list[str]:
     """Give ``con`` the source's file system under a scheme of its own; return the files in it."""
     system, files = source_files(source, None)
+    con.execute("SET disable_parquet_prefetching = false")
     scheme = f"source{uuid.uuid4().hex}"
     con.register_filesystem(_scheme_only(system, scheme))
     return [f"{scheme}://{file}" for file in files]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import Folder, blocks
+from tests.support.pages import Folder, blocks, check_output, commands
 from tests.support.waiting import PATIENCE_SECONDS
 
 
@@ -20,18 +20,18 @@ from tests.support.waiting import PATIENCE_SECONDS
 def test_the_page_leads_from_an_empty_folder_to_predictions(tmp_path: Path) -> None:
     folder = Folder(tmp_path, "6379", "8000")
     (tmp_path / "feature_repo").mkdir()
-    page = blocks("bring-your-own.md")
-    for block in page:
+    for block in blocks("bring-your-own.md"):
         if block.file:
             folder.write(block)
     server: subprocess.Popen[bytes] | None = None
     outputs = []
     try:
-        for block in page:
+        for block, expected in commands("bring-your-own.md"):
             if block.kind == "bash server":
                 server = folder.serve(block.body)
-            elif block.kind == "bash":
+            else:
                 outputs.append(folder.run(block.body))
+                check_output(expected, outputs[-1])
                 if server is not None and "curl" not in block.body:
                     server.send_signal(signal.SIGINT)
         assert server is not None
@@ -41,10 +41,8 @@ def test_the_page_leads_from_an_empty_folder_to_predictions(tmp_path: Path) -> N
             server.kill()
         subprocess.run(["bash", "-c", "banquet redis stop"], cwd=tmp_path, env=folder.env, check=False)
 
-    lifecycle, answer = outputs[0], json.loads(outputs[1])
+    lifecycle, answer = outputs[0], json.loads(outputs[3])
     assert "delivery_minutes" in lifecycle
-    assert (tmp_path / "training.parquet").exists()
-    assert (tmp_path / "training.lock.json").exists()
     assert answer["model_name"] == "delivery_minutes"
     assert answer["model_version"] == 1
     known, unknown = answer["predictions"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -257,11 +259,38 @@ def test_a_failed_build_leaves_the_old_dataset(path: Path) -> None:
         (lambda rows: rows.drop(columns="shop_id"), "no column shop_id"),
         (lambda rows: rows.rename(columns={"label": "spend__note"}), "named like features: spend__note"),
         (lambda rows: rows.assign(user_id=rows["user_id"].astype(str)), "'user_id' is VARCHAR"),
+        (lambda rows: rows.assign(budget="x"), "'budget' is (large_)?string in .*, DOUBLE in"),
+        (lambda rows: rows.assign(event_timestamp=1), "'event_timestamp' .* int64, which is no time"),
     ],
 )
 def test_entity_rows_that_do_not_fit_are_refused(path: Path, change: Any, said: str) -> None:
     with pytest.raises(EntityFrameError, match=said):
         training_dataset(FeastRepository.open(path), "everything", change(entity_rows()))
+
+
+_REFUSED = """
+import sys
+from cli.main import main
+sys.argv[1:] = ["--repo", "repo", "dataset", "--service", "everything", "--entities", "rows.parquet",
+                "--output", "set.parquet"]
+try:
+    main()
+finally:
+    assert "feast" not in sys.modules
+"""
+
+
+def test_the_command_names_what_is_missing_before_it_loads_feast(path: Path) -> None:
+    entity_rows().drop(columns="budget").to_parquet(path.parent / "rows.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", _REFUSED], cwd=path.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines() == [
+        "Error (entity_frame_error): The entity rows have no column budget.",
+        "  everything needs event_timestamp, the time of each row; the join keys user_id (INT64), "
+        "shop_id (STRING); the request-time inputs budget (DOUBLE).",
+    ]
 
 
 def test_an_unknown_service_is_refused(path: Path) -> None:

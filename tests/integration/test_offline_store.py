@@ -166,6 +166,13 @@ def test_a_date_range_over_views_of_different_keys_keeps_each_key(store: Any) ->
     ]  # fmt: skip
 
 
+def test_a_date_range_that_ends_before_it_starts_is_refused(store: Any) -> None:
+    with pytest.raises(EntityFrameError, match=r"start_date 2024-01-02.* is after end_date 2024-01-01"):
+        store.get_historical_features(
+            None, ["spend:amount"], start_date=START + timedelta(days=1), end_date=START
+        )
+
+
 def test_a_label_named_like_a_feature_is_refused_with_a_way_out(store: Any) -> None:
     rows = pd.DataFrame({"user_id": [1], "amount": [3.0], "event_timestamp": stamps(1)})
     with pytest.raises(EntityFrameError, match=r"named like features: amount\. .*full_feature_names=True"):

@@ -497,7 +497,7 @@ def test_times_at_the_ends_of_the_calendar_compare(con, tmp_path: Path) -> None:
         assert joined.features["view__value"].to_pylist() == [None, 3, 3]
 
 
-def test_a_join_larger_than_its_memory_spills_and_is_right(tmp_path: Path) -> None:
+def test_a_join_larger_than_its_memory_spills_is_right_and_cleans_up(tmp_path: Path) -> None:
     count = 600_000
     source = pa.table(
         {
@@ -509,6 +509,13 @@ def test_a_join_larger_than_its_memory_spills_and_is_right(tmp_path: Path) -> No
     )
     pq.write_table(source, tmp_path / "events.parquet")
     entities = source.select(["key0", "at"]).slice(count // 2)
-    small = connect(memory_limit="60MB", threads=2, temp_directory=tmp_path / "spill")
+    spill = tmp_path / "spill"
+    small = connect(memory_limit="30MB", threads=1, temp_directory=spill)
+    small.execute("SET max_temp_directory_size = '0KB'")
+    with pytest.raises(duckdb.OutOfMemoryException):
+        join(small, entities, tmp_path / "events.parquet", created=None)
+    small.execute("RESET max_temp_directory_size")
     joined = join(small, entities, tmp_path / "events.parquet", created=None)
     assert joined.features["view__value"].to_pylist() == list(range(count // 2, count))
+    small.close()
+    assert list(tmp_path.glob("spill/*")) == []
