@@ -103,10 +103,13 @@ class Channel:
         self._buffer = memoryview(bytearray(1 << 16))
         self._scripts: dict[bytes, bytes] = {}
 
-    def exchange(self, payload: Sequence[bytes | memoryview], replies: int) -> list[Any]:
+    def exchange(
+        self, payload: Sequence[bytes | memoryview], replies: int, *, expected: str | None = None
+    ) -> list[Any]:
         """Send commands and wait for their ``replies``.
 
-        Raises the error that the first error reply stands for, once all replies are in.
+        Raises the error that the first error reply stands for, once all replies are in. Errors of the code
+        ``expected`` are answers like any other: ``hiredis.ReplyError`` among the replies.
         """
         # The replies to a slice are small: the server can hold them until all of it is sent.
         self._socket.sendall(payload[0] if len(payload) == 1 else b"".join(payload))
@@ -122,7 +125,9 @@ class Channel:
             errors = reply if isinstance(reply, list) else (reply,)
             for error in errors:
                 if isinstance(error, hiredis.ReplyError):
-                    raise self._refused(str(error))
+                    text = str(error)
+                    if expected is None or not text.startswith(expected):
+                        raise self._refused(text)
         return received
 
     def script(self, source: bytes) -> bytes:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import hiredis
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,19 +31,21 @@ LEAST_ROWS = 1024
 TAKEN_SHARE = 0.5
 _SAMPLED_KEYS = 32
 
-# Answers with the rows whose keys exist; -1 if the lease is lost.
+# Of so many rows at a time: the server allocates all commands of a transaction before it runs the first.
+_TRANSACTION_ROWS = 64
+_BUSY = "BUSYKEY"
+
+# For rows with created timestamps. Answers with the rows whose keys exist; -1 if the lease is lost.
 _SCRIPT = b"""
-local rows, ttl, field, dated, fence = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4] == '1', ARGV[5]
+local rows, ttl, field, fence = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 if fence ~= '' and redis.call('GET', KEYS[#KEYS]) ~= fence then return -1 end
 local taken = {}
 for row = 1, rows do
-  local reply = redis.pcall('RESTORE', KEYS[row], ttl, ARGV[5 + row])
+  local reply = redis.pcall('RESTORE', KEYS[row], ttl, ARGV[4 + row])
   if not reply.err then
-    if dated then
-      local side = KEYS[rows + row]
-      redis.call('HSET', side, KEYS[row], ARGV[5 + rows + row] .. redis.call('HGET', KEYS[row], field))
-      if ttl ~= '0' then redis.call('PEXPIRE', side, ttl) end
-    end
+    local side = KEYS[rows + row]
+    redis.call('HSET', side, KEYS[row], ARGV[4 + rows + row] .. redis.call('HGET', KEYS[row], field))
+    if ttl ~= '0' then redis.call('PEXPIRE', side, ttl) end
   elseif reply.err:find('^%-?BUSYKEY') then
     taken[#taken + 1] = row - 1
   else
@@ -58,7 +62,8 @@ class NewKeys:
     def __init__(self, pool: ChannelPool, project: str, key_ttl_seconds: int) -> None:
         self._pool = pool
         self._project = project
-        self._ttl_seconds = key_ttl_seconds
+        # Milliseconds, as RESTORE takes them.
+        self.ttl = b"%d" % (1000 * key_ttl_seconds)
         self._lock = threading.Lock()
         # Per hash fields the version of RDB that the server writes, None where it is not to be used.
         self._versions: dict[tuple[bytes, ...], int | None] = {}
@@ -172,17 +177,21 @@ class Restoration:
         self._places = places
         self.left = left
         self._field = layout.timestamp_field(stored_view)
-        self._keys = assemble(len(rows), *rows.key)
-        self._hashes = assemble(len(rows), *dumps(rows, rdb_version))
+        hashes = dumps(rows, rdb_version)
         self._created: list[bytes] | None = None
-        if created_ns is not None:
+        if created_ns is None:
+            head = command_head(4) + bulk_string(b"RESTORE")
+            self._commands = assemble(len(rows), head, *rows.key, bulk_string(owner.ttl), *hashes)
+        else:
+            self._commands = assemble(len(rows), *hashes)
+            self._keys = assemble(len(rows), *rows.key)
             self._created = [created_bytes(ns) for ns in created_ns]
             keys = rows.keys()
             self._sides = [created_times_key(owner._project, stored_view, key) for key in keys]
 
     def slices(self, limit: int) -> Iterator[range]:
         """Ranges of at most ``limit`` rows, in order."""
-        return slices(self._hashes.offsets, limit)
+        return slices(self._commands.offsets, limit)
 
     def write(self, part: range, fence: Fence | None) -> list[int]:
         """Write a slice and return the places in the batch of the rows that another way must write.
@@ -195,37 +204,75 @@ class Restoration:
         """
         try:
             with self._owner._pool.channel() as channel:
-                (taken,) = channel.exchange(self._call(part, channel.script(_SCRIPT), fence), 1)
+                if self._created is not None:
+                    taken = self._by_script(channel, part, fence, self._created)
+                elif fence is not None:
+                    taken = self._in_transactions(channel, part, fence)
+                else:
+                    replies = channel.exchange([self._commands.between(part)], len(part), expected=_BUSY)
+                    taken = _busy(replies)
         except (RedisReplyError, RedisAccessDenied):
             self._owner._refuse(self._rows)
-            taken = range(len(part))
-        if taken == -1:
-            raise LeaseLost
+            taken = list(range(len(part)))
         return [int(self._places[part.start + row]) for row in taken]
 
-    def _call(self, part: range, sha: bytes, fence: Fence | None) -> list[bytes | memoryview]:
-        dated = self._created is not None
-        keys = len(part) * (1 + dated) + (fence is not None)
+    def _in_transactions(self, channel: Channel, part: range, fence: Fence) -> list[int]:
+        """Each transaction takes place only if nobody has touched the lease since it was seen to be held.
+
+        The look at the lease for the next one goes out with the one before it: no further round trip.
+        """
+        look = _command(b"WATCH", fence.key) + _command(b"GET", fence.key)
+        _, holder = channel.exchange([look], 2)
+        taken: list[int] = []
+        start = part.start
+        while start < part.stop:
+            if holder != fence.token:
+                raise LeaseLost
+            some = range(start, min(start + _TRANSACTION_ROWS, part.stop))
+            more = some.stop < part.stop
+            commands: list[bytes | memoryview] = [_MULTI, self._commands.between(some), _EXEC]
+            if more:
+                commands.append(look)
+            replies = channel.exchange(commands, len(some) + 2 + 2 * more, expected=_BUSY)
+            done = replies[len(some) + 1]
+            if done is not None:
+                taken += [some.start - part.start + row for row in _busy(done)]
+                start = some.stop
+            elif not more:  # the lease was renewed, or is another's now
+                replies = channel.exchange([look], 2)
+            holder = replies[-1]
+        return taken
+
+    def _by_script(
+        self, channel: Channel, part: range, fence: Fence | None, created: Sequence[bytes]
+    ) -> list[int]:
+        """The created timestamps go in beside the rows, of those alone whose keys are new."""
+        keys = 2 * len(part) + (fence is not None)
         settings = [
             b"%d" % len(part),
-            b"%d" % (1000 * self._owner._ttl_seconds),
+            self._owner.ttl,
             self._field,
-            b"%d" % dated,
             b"" if fence is None else fence.token,
         ]
         call: list[bytes | memoryview] = [
-            command_head(3 + keys + len(settings) + len(part) * (1 + dated)),
-            *map(bulk_string, (b"EVALSHA", sha, b"%d" % keys)),
+            command_head(3 + keys + len(settings) + 2 * len(part)),
+            *map(bulk_string, (b"EVALSHA", channel.script(_SCRIPT), b"%d" % keys)),
             self._keys.between(part),
+            *map(bulk_string, self._sides[part.start : part.stop]),
         ]
-        if dated:
-            call += map(bulk_string, self._sides[part.start : part.stop])
         if fence is not None:
             call.append(bulk_string(fence.key))
-        call += [*map(bulk_string, settings), self._hashes.between(part)]
-        if self._created is not None:
-            call += map(bulk_string, self._created[part.start : part.stop])
-        return call
+        call += [*map(bulk_string, settings), self._commands.between(part)]
+        call += map(bulk_string, created[part.start : part.stop])
+        (taken,) = channel.exchange(call, 1)
+        if taken == -1:
+            raise LeaseLost
+        return list(taken)
+
+
+def _busy(replies: Sequence[Any]) -> list[int]:
+    """Which keys exist, by the replies to RESTORE."""
+    return [row for row, reply in enumerate(replies) if isinstance(reply, hiredis.ReplyError)]
 
 
 def _names(rows: EncodedRows) -> tuple[bytes, ...]:
@@ -234,3 +281,6 @@ def _names(rows: EncodedRows) -> tuple[bytes, ...]:
 
 def _command(*arguments: bytes) -> bytes:
     return command_head(len(arguments)) + b"".join(map(bulk_string, arguments))
+
+
+_MULTI, _EXEC, _UNWATCH = _command(b"MULTI"), _command(b"EXEC"), _command(b"UNWATCH")

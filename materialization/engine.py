@@ -1,6 +1,6 @@
 """Banquet's Feast compute engine: bulk loads behind ``feast materialize`` and ``materialize-incremental``.
 
-    batch_engine: {type: materialization.engine.BulkComputeEngine, memory_limit: 400MB}
+    batch_engine: {type: materialization.engine.BulkComputeEngine, memory_limit: 300MB}
 
 What it cannot load itself (views that transform, another online store) goes through Feast's local engine,
 and so does historical retrieval by engine.

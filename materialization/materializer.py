@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from core.errors import BanquetError, GateFailed
+from core.errors import BanquetError, GateFailed, InvalidRepository
 from core.redis import RedisAddress
 from core.repository import View
 from core.source import connect
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from feast.infra.offline_stores.offline_store import OfflineStore
 
 ENGINE = "materialization.engine.BulkComputeEngine"
-MEMORY_LIMIT = "400MB"
+MEMORY_LIMIT = "300MB"
 SHARED_MEMORY_LIMIT = "250MB"
 _WITNESSES = 8
 
@@ -114,6 +114,7 @@ class Materializer:
 
         Raises:
             AlreadyRunning: another run holds the view and did not end within ``request.wait_seconds``.
+            InvalidRepository: the rows fit neither memory nor disk.
             BanquetError: as the source, the encoding and Redis raise.
         """
         stored = self.stored_view(view)
@@ -148,11 +149,22 @@ class Materializer:
 
     @contextmanager
     def connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A DuckDB of its own, with room to spill."""
+        """A DuckDB of its own, with room to spill.
+
+        Raises:
+            InvalidRepository: within the block, what it was asked to hold fits neither memory nor disk.
+        """
         with scratch_folder(self._temp_directory) as spill:
             con = connect(memory_limit=self._memory_limit, threads=self._threads, temp_directory=spill)
             try:
                 yield con
+            except duckdb.OutOfMemoryException as exc:
+                raise InvalidRepository(
+                    f"The rows to load do not fit into memory_limit ({self._memory_limit}) and the disk at "
+                    f"{spill.parent}: {str(exc).splitlines()[0]}",
+                    hint="Make room there, or set memory_limit or temp_directory of batch_engine in "
+                    "feature_store.yaml.",
+                ) from exc
             finally:
                 con.close()
 

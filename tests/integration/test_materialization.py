@@ -16,7 +16,7 @@ from feast.feature_view import FeatureViewState
 from feast.types import Float64, String
 
 from core import layout
-from core.errors import AlreadyRunning, GateFailed, InvalidRequest, NotFound
+from core.errors import AlreadyRunning, GateFailed, InvalidRepository, InvalidRequest, NotFound
 from core.repository import FeastRepository
 from core.types import Dtype
 from materialization.ledger import Ledger
@@ -96,6 +96,24 @@ def test_both_doors_write_what_stock_feast_writes(server: Valkey, tmp_path: Path
         stored = repo.store().get_feature_view("behavior")
         assert stored.materialization_intervals == [(START, NOW)]
         assert stored.state == FeatureViewState.AVAILABLE_ONLINE
+
+
+def test_rows_that_fit_neither_memory_nor_disk_are_an_error_that_says_so(
+    server: Valkey, tmp_path: Path
+) -> None:
+    events = pd.DataFrame({"user_id": range(200_000), "event_timestamp": NOW, "created": NOW, "value": 1.0})
+    events.to_parquet(tmp_path / "events.parquet")
+    repo = repository(tmp_path / "repo", server)
+    repo.store().apply([USER, a_view(tmp_path / "events.parquet")])
+    settings = repo.path / "feature_store.yaml"
+    limited = "batch_engine: {memory_limit: 1MB, temp_directory: spill, "
+    settings.write_text(settings.read_text().replace("batch_engine: {", limited))
+    (report,) = materialize(FeastRepository.open(repo.path), end=NOW).views
+    assert isinstance(report.error, InvalidRepository)
+    assert "memory_limit (1MB)" in report.error.message
+    assert str(repo.path / "spill") in report.error.message
+    assert everything(server, 0) == {}
+    assert list((repo.path / "spill").iterdir()) == []
 
 
 def test_a_second_run_finds_nothing_new(repo: FeastRepository) -> None:
