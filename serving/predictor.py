@@ -135,7 +135,7 @@ class VectorPredictor:
         return self._timed(vectors)
 
     def _timed(self, vectors: FeatureVectors) -> Answer:
-        # By the clock: a model may compute in threads of its own, or wait, and would hold up the loop as much.
+        # By the clock: one that waits, or computes in threads of its own, holds up the loop as much.
         started = time.perf_counter()
         answer = self.answer(vectors)
         taken = time.perf_counter() - started
