@@ -179,8 +179,8 @@ def slices(offsets: NDArray[np.int64], limit: int) -> Iterator[range]:
 
 
 def created_bytes(created_ns: int | None) -> bytes:
-    """A created timestamp as 20 digits that sort as it does; none comes before all."""
-    return b"%020d" % (0 if created_ns is None else created_ns + (1 << 63))
+    """A created timestamp as ``CREATED_DIGITS`` digits that sort as it does; none comes before all."""
+    return b"%0*d" % (CREATED_DIGITS, 0 if created_ns is None else created_ns + (1 << 63))
 
 
 def created_times_key(project: str, stored_view: str, key: bytes) -> bytes:
