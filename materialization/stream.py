@@ -219,7 +219,7 @@ class StreamConsumer:
         return report
 
     def _loop(self, writer: OnlineWriter, appender: OfflineAppender) -> None:
-        recover = True
+        recover, away = True, False
         claim, trim = _Pace(CLAIM_SECONDS), _Pace(TRIM_SECONDS)
         report = _Pace(self._options.report_seconds, time.monotonic() + self._options.report_seconds)
         while not self._stop.is_set() and appender.failed is None:
@@ -229,6 +229,9 @@ class StreamConsumer:
                 if recover:
                     self._recover(writer, appender)
                     recover = False
+                    if away:
+                        away = False
+                        logger.warning("Redis is back.")
                 if claim.reached():
                     self._claim(writer, appender)
                 if trim.reached() and self._options.max_length is not None:
@@ -246,7 +249,9 @@ class StreamConsumer:
             except RedisUnavailable as exc:
                 if not exc.retryable:
                     raise
-                logger.warning("Redis is away, trying again: %s", exc)
+                if not away:
+                    away = True
+                    logger.warning("Redis is away, trying until it is back: %s", exc)
                 # What was delivered and not handled, or delivered in an answer that was lost.
                 recover = True
                 self._stop.wait(OUTAGE_PAUSE_SECONDS)
