@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import redis
 
-PATIENCE_SECONDS = 90.0
+PATIENCE_SECONDS = 180.0
 _NOT_YET = (redis.RedisError, OSError, http.client.HTTPException, httpx.TransportError)
 
 
