@@ -36,7 +36,9 @@ def moment(value: str) -> datetime:
     except ValueError:
         raise InvalidRequest(f"{value!r} is not a time.", hint="Write it as 2026-01-31T12:00:00Z.") from None
     if found.tzinfo is None:
-        raise InvalidRequest(f"{value!r} has no time zone.", hint=f"Write it as {value}Z for UTC.")
+        raise InvalidRequest(
+            f"{value!r} has no time zone.", hint=f"Write it as {found.isoformat()}Z for UTC."
+        )
     return found.astimezone(UTC)
 
 

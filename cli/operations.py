@@ -123,7 +123,7 @@ def embedded_redis(repository: FeastRepository, settings: Settings) -> EmbeddedR
 
 def _redis_line(state: RedisState) -> str:
     if not state.running:
-        return f"nobody listens at {state.address}"
+        return f"No Redis answers at {state.address}."
     kind = ", embedded" if state.embedded else ""
     return f"{state.version} at {state.address}{kind}"
 

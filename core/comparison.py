@@ -46,8 +46,10 @@ def comparable(left: str, left_kind: str, right: str, right_kind: str) -> tuple[
     integers with gaps into them); times compare as instants, UUIDs with their text.
     """
     families = (_family(left_kind), _family(right_kind))
-    if "null" in families:
+    if families[0] == "null":
         return f"CAST({left} AS {right_kind})", right
+    if families[1] == "null":  # such as a file that pandas wrote from no rows
+        return left, f"CAST({right} AS {left_kind})"
     if families == ("time", "time"):
         unit = "ns" if {left_kind, right_kind} & NANOSECOND_TYPES else "us"
         return epoch(left, left_kind, unit), epoch(right, right_kind, unit)

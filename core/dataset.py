@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from core import contract, dataset_lock, layout
 from core.dataset_lock import DatasetLock, Moved
-from core.errors import DatasetMismatch, EntityFrameError, InvalidSource
+from core.errors import Conflict, DatasetMismatch, EntityFrameError, InvalidSource
 from core.online import FeaturePlan, FeatureVectors
 from core.repository import FeastRepository
 from core.types import Dtype, FeatureStatus, feature_name
@@ -85,7 +85,10 @@ def training_dataset(
         EntityFrameError: the entity rows cannot be joined.
         InvalidSource: a source cannot be read.
         DatasetMismatch: the offline store returned other rows than it was given.
+        Conflict: ``output`` holds the entity rows, or is a file that is no training set.
     """
+    if output is not None:
+        _check_output(output, entities)
     rows = _entity_table(entities)
     # Before Feast is imported, which takes seconds.
     _check_entities(FeaturePlan.for_service(repository.definitions(), service), service, rows)
@@ -351,6 +354,18 @@ def _join(repository: FeastRepository, service: str, rows: pa.Table) -> pa.Table
 def _offline_store(repository: FeastRepository) -> str:
     store = repository.config.get("offline_store")
     return str(store.get("type", "dask") if isinstance(store, dict) else store or "dask")
+
+
+def _check_output(output: Path, entities: object) -> None:
+    """Nothing is overwritten but an earlier training set, which has its lock beside it."""
+    if isinstance(entities, Path) and output.resolve() == entities.resolve():
+        raise Conflict(f"{output} holds the entity rows.", hint="Write to another file.")
+    if output.exists() and not output.with_suffix(".lock.json").exists():
+        raise Conflict(
+            f"{output} exists and is no training set: there is no {output.with_suffix('.lock.json').name} "
+            "beside it.",
+            hint="Write to another file, or delete this one first.",
+        )
 
 
 def _write(table: pa.Table, lock: DatasetLock, output: Path) -> Dataset:

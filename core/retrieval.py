@@ -28,7 +28,7 @@ from feast.type_map import feast_value_type_to_pa
 from core.comparison import within
 from core.errors import EntityFrameError, InvalidRepository, InvalidSource
 from core.point_in_time import ViewJoin
-from core.source import Scan, connect, identifier, literal, scan
+from core.source import UNREADABLE, Scan, connect, identifier, literal, scan
 
 EVENT_TIMESTAMP = "event_timestamp"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -51,7 +51,7 @@ def session(config: RepoConfig) -> Iterator[duckdb.DuckDBPyConnection]:
                 f"{str(exc).splitlines()[0]}",
                 hint="Raise memory_limit, or give temp_directory a larger disk.",
             ) from exc
-        except (duckdb.IOException, duckdb.InvalidInputException) as exc:
+        except UNREADABLE as exc:
             raise InvalidSource(f"A source cannot be read: {exc}") from exc
         finally:
             con.close()

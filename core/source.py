@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from feast.data_source import DataSource
     from fsspec.spec import AbstractFileSystem
 
+UNREADABLE = (duckdb.DataError, duckdb.IOException, duckdb.InvalidInputException)
+"""What DuckDB raises where a source's files or values are not what its columns promise."""
+
 _WILDCARD = re.compile(r"[*?\[]")
 
 

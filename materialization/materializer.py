@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from core.errors import BanquetError, GateFailed, InvalidRepository
+from core.errors import BanquetError, GateFailed, InvalidRepository, InvalidSource
 from core.redis import RedisAddress
 from core.repository import View
-from core.source import connect
+from core.source import UNREADABLE, connect
 from core.write import Fence, OnlineWriter, WriteResult
 from materialization import views
 from materialization.distribution import profile
@@ -153,6 +153,7 @@ class Materializer:
 
         Raises:
             InvalidRepository: within the block, what it was asked to hold fits neither memory nor disk.
+            InvalidSource: within the block, a source's rows are not of the types that its definition needs.
         """
         with scratch_folder(self._temp_directory) as spill:
             con = connect(memory_limit=self._memory_limit, threads=self._threads, temp_directory=spill)
@@ -164,6 +165,11 @@ class Materializer:
                     f"{spill.parent}: {str(exc).splitlines()[0]}",
                     hint="Make room there, or set memory_limit or temp_directory of batch_engine in "
                     "feature_store.yaml.",
+                ) from exc
+            except UNREADABLE as exc:
+                raise InvalidSource(
+                    f"A source cannot be read as it is defined: {str(exc).splitlines()[0]}",
+                    hint="Mend its rows, or name another column in the definition.",
                 ) from exc
             finally:
                 con.close()

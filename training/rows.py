@@ -103,6 +103,7 @@ def entity_rows(repository: FeastRepository, spec: ModelSpec) -> pd.DataFrame:
         InvalidModelSpec: they cannot be read, are empty, or lack the label or a zoned ``event_timestamp``.
     """
     import pandas as pd
+    import pyarrow.parquet as pq
 
     if callable(spec.entities):
         frame = spec.entities(repository.path)
@@ -110,7 +111,9 @@ def entity_rows(repository: FeastRepository, spec: ModelSpec) -> pd.DataFrame:
         path = repository.path / spec.entities
         if not path.is_file():
             raise InvalidModelSpec(f"The entity rows of model spec {spec.name!r} are not there: {path}.")
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        # Not pandas.read_parquet: it reads through a Python file, whose threads may abort the process at its
+        # end (apache/arrow#50482).
+        frame = pd.read_csv(path) if path.suffix == ".csv" else pq.read_table(path).to_pandas()
         if path.suffix == ".csv" and "event_timestamp" in frame:
             frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True)
     if not isinstance(frame, pd.DataFrame):
@@ -177,9 +180,9 @@ def split_by_time(
             )
     used = sum(len(rows) for rows in parts.values())
     window = TrainingWindow(
-        start=first.to_pydatetime(),
-        split=split.to_pydatetime(),
-        end=last.to_pydatetime(),
+        start=first.floor("us").to_pydatetime(),
+        split=split.floor("us").to_pydatetime(),
+        end=last.floor("us").to_pydatetime(),
         training_rows=len(parts["training"]),
         calibration_rows=len(parts["calibration"]),
         holdout_rows=len(parts["holdout"]),

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from core.dataset import Reproduction, reproduce, training_dataset
-from core.errors import DatasetMismatch, EntityFrameError, FeatureServiceNotFound, InvalidLock
+from core.errors import Conflict, DatasetMismatch, EntityFrameError, FeatureServiceNotFound, InvalidLock
 from core.repository import FeastRepository
 from tests.support import market
 from tests.support.market import DAY, START, stamps
@@ -291,6 +291,17 @@ def test_the_command_names_what_is_missing_before_it_loads_feast(path: Path) -> 
         "  everything needs event_timestamp, the time of each row; the join keys user_id (INT64), "
         "shop_id (STRING); the request-time inputs budget (DOUBLE).",
     ]
+
+
+def test_only_an_earlier_dataset_is_overwritten(path: Path) -> None:
+    """Not the entity rows, nor any other file that happens to have the name."""
+    lock = build(path)
+    assert build(path) == lock
+    rows = path.parent / "rows.parquet"
+    for entities in (rows, entity_rows()):
+        with pytest.raises(Conflict, match=r"rows\.parquet"):
+            training_dataset(FeastRepository.open(path), "everything", entities, output=rows)
+    assert pd.read_parquet(rows).equals(entity_rows())
 
 
 def test_an_unknown_service_is_refused(path: Path) -> None:

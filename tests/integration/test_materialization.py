@@ -16,7 +16,14 @@ from feast.feature_view import FeatureViewState
 from feast.types import Float64, String
 
 from core import layout
-from core.errors import AlreadyRunning, GateFailed, InvalidRepository, InvalidRequest, NotFound
+from core.errors import (
+    AlreadyRunning,
+    GateFailed,
+    InvalidRepository,
+    InvalidRequest,
+    InvalidSource,
+    NotFound,
+)
 from core.repository import FeastRepository
 from core.types import Dtype
 from materialization.ledger import Ledger
@@ -322,6 +329,21 @@ def test_a_failed_gate_writes_nothing_and_the_other_views_go_on(server: Valkey, 
     with server.client() as client:
         gate = Ledger(client, "shop", "a_strict").recall("gate")
     assert (gate["passed"], gate["forced"]) == (False, True)
+
+
+def test_a_view_whose_times_are_no_times_is_an_error_and_the_other_views_go_on(
+    server: Valkey, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "good.parquet", [(1, "2026-04-20", "2026-04-20", 1.0)])
+    bad = pd.read_parquet(tmp_path / "good.parquet").assign(event_timestamp="around noon")
+    bad.to_parquet(tmp_path / "bad.parquet")
+    repo = repository(tmp_path / "repo", server)
+    views = [a_view(tmp_path / "bad.parquet", "a_bad"), a_view(tmp_path / "good.parquet", "good")]
+    repo.store().apply([USER, *views])
+    failed, loaded = materialize(repo, end=NOW).views
+    assert isinstance(failed.error, InvalidSource)
+    assert "around noon" in str(failed.error)
+    assert loaded.written == 1
 
 
 def test_a_failed_gate_stops_one_view_of_stock_materialize_and_is_its_error(

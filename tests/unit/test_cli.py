@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from cli.features import moment
 from cli.main import main
+from core.errors import InvalidRequest
 
 
 def commands(group: click.Group, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -90,3 +93,12 @@ def test_every_command_refuses_a_wrong_setting_before_it_does_anything(
     assert found.exit_code == 2
     assert json.loads(found.stderr)["code"] == "invalid_setting"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["2026-09-01", "2026-09-01T12:30"])
+def test_the_way_out_of_a_time_without_a_zone_is_a_time(value: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        moment(value)
+    assert caught.value.hint is not None
+    written = caught.value.hint.split()[3]
+    assert moment(written).isoformat() == datetime.fromisoformat(value).replace(tzinfo=UTC).isoformat()

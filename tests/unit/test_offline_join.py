@@ -325,6 +325,8 @@ def test_a_view_without_keys_joins_on_time_alone(con, tmp_path: Path) -> None:
         (pa.array([b"a", b"b"]), pa.array([b"a", b"c"]), [True, False]),
         (pa.array([True, False]), pa.array([True, True]), [True, False]),
         (pa.nulls(2), pa.array(["a", "c"]), [False, False]),
+        (pa.array(["a", "c"]), pa.nulls(2), [False, False]),
+        (pa.nulls(2), pa.nulls(2), [False, False]),
         (pa.array([date(2024, 1, 1)] * 2), pa.array([datetime(2024, 1, 1), None]), [True, True]),  # noqa: DTZ001
         (
             pa.array([SECOND, SECOND + 1]).cast(pa.timestamp("ns", "UTC")),
