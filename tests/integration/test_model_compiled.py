@@ -59,8 +59,9 @@ Array = NDArray[Any]
 
 ROWS = 2_500
 NUMERIC, CATEGORICAL = [0, 1, 2, 4], [3, 5]
-# Of the same arithmetic in float64, only the order of additions differs.
-EXACT = 1e-12
+# Of the same arithmetic in float64, only the order of additions differs; a steep step of an isotonic
+# calibration makes more of it.
+EXACT = 1e-9
 
 
 def _data() -> tuple[Array, Array]:
