@@ -383,7 +383,7 @@ class _Task:
             newest_event=None if newest is None else views.as_datetime(newest),
             gate=gate,
             memory_bytes=needed.bytes if needed else None,
-            key_bytes=needed.key_bytes if needed else 0,
+            needed=needed,
             error=error,
         )
 

@@ -57,13 +57,17 @@ class _Server:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes that rows will add to Redis's memory.
+    """Bytes that rows will add to Redis's memory, and what of it depends on other views of the same keys.
 
-    ``key_bytes`` of them are for keys that are not there yet: views that share keys pay them once.
+    ``key_bytes`` of them are for keys that are not there yet. Of ``rows`` that are not there yet ``tables``
+    lie in hashes that are tables; the others would take ``loosened`` bytes more if theirs were.
     """
 
     bytes: int = 0
     key_bytes: int = 0
+    rows: int = 0
+    tables: int = 0
+    loosened: int = 0
 
 
 def estimate(
@@ -91,7 +95,7 @@ def estimate(
     known = replies[3 * len(keys) :]
     names = [b"    "] * sample.field_count
     names[0] = layout.timestamp_field(stored_view)
-    total = key_bytes = 0
+    total = key_bytes = tables = loosened = 0
     new: list[int] = []
     rows_cells = stored_cells(sample)
     for row, (key, cells) in enumerate(zip(keys, rows_cells, strict=True)):
@@ -100,18 +104,43 @@ def estimate(
             continue
         new.append(row)
         parts = [part for pair in zip(names, cells, strict=True) for part in pair]
-        if used is None:
-            total += _hash_bytes(key, parts, server)
-            key_bytes += _hash_bytes(key, [], server)
+        bare = 0 if used is not None else _hash_bytes(key, [], server)
+        added = _grown_bytes(key, parts, server, used, length) if used else _hash_bytes(key, parts, server)
+        total += added
+        key_bytes += bare
+        if _stays_compact(key, parts, server, used, length) if used else _is_compact(parts, server):
+            loosened += bare + _table_bytes(parts, server) - added
         else:
-            total += _grown_bytes(key, parts, server, used, length)
+            tables += 1
     scale = rows / len(keys)
     beside = 0.0
     if created_keys and new:
         absent = sum(not known[row] for row in new) / len(new)
         pair = [keys[new[0]], b" " * CREATED_DIGITS + rows_cells[new[0]][0]]
         beside = _created_bytes(len(new) * scale, absent, created_keys[new[0]], pair, server)
-    return Estimate(round(total * scale + beside), round(key_bytes * scale))
+    return Estimate(
+        round(total * scale + beside),
+        round(key_bytes * scale),
+        round(len(new) * scale),
+        round(tables * scale),
+        round(loosened * scale),
+    )
+
+
+def together(views: Sequence[Estimate]) -> list[int]:
+    """The bytes of each of some views under the same join keys if all of them are loaded.
+
+    A key is paid once, with the view that has most, and a hash that one view makes a table is one for the
+    others' fields too. Taken as if the keys of one view were all among those of the view that has most.
+    """
+    paid, tables = 0, max(view.tables for view in views)
+    found = {}
+    for place, view in sorted(enumerate(views), key=lambda pair: -pair[1].key_bytes):
+        shared, paid = min(view.key_bytes, paid), max(view.key_bytes, paid)
+        compact = view.rows - view.tables
+        share = min(1.0, (tables - view.tables) / compact) if compact else 0.0
+        found[place] = view.bytes - shared + round(view.loosened * share)
+    return [found[place] for place in range(len(views))]
 
 
 def _server(client: Any) -> _Server:
@@ -141,13 +170,10 @@ def _hash_bytes(key: bytes, parts: Sequence[bytes], server: _Server) -> int:
 
 def _grown_bytes(key: bytes, parts: Sequence[bytes], server: _Server, used: int, length: int) -> int:
     """What ``parts`` add to a hash of ``length`` fields that takes ``used`` bytes."""
-    compact = length <= server.entries and used <= _hash_bytes(
-        key, [b" " * server.value_bytes] * 2 * length, server
-    )
-    if not compact:
-        return _table_bytes(parts, server)
-    if _is_compact(parts, server) and length + len(parts) // 2 <= server.entries:
+    if _stays_compact(key, parts, server, used, length):
         return sum(map(_listpack_entry, parts))
+    if not _stays_compact(key, [], server, used, length):
+        return _table_bytes(parts, server)
     # It becomes a table: so do the fields that are there, whose names have four bytes.
     value = b" " * max(1, (used - _hash_bytes(key, [], server)) // length - _listpack_entry(b"    ") - 2)
     return _TABLE_OVERHEAD + _table_bytes([*parts, *[b"    ", value] * length], server) - used
@@ -168,6 +194,13 @@ def _created_bytes(rows: float, absent: float, key: bytes, pair: Sequence[bytes]
         entry = _table_bytes(pair, server)
         fresh = round(_hash_bytes(key, [], server) + _TABLE_OVERHEAD + each * entry)
     return absent * hashes * fresh + (1 - absent) * rows * entry
+
+
+def _stays_compact(key: bytes, parts: Sequence[bytes], server: _Server, used: int, length: int) -> bool:
+    """Whether a hash of ``length`` fields and ``used`` bytes is a list and stays one with ``parts``."""
+    longest = [b" " * server.value_bytes] * 2 * length
+    compact = length + len(parts) // 2 <= server.entries and _is_compact(parts, server)
+    return compact and used <= _hash_bytes(key, longest, server)
 
 
 def _is_compact(parts: Sequence[bytes], server: _Server) -> bool:

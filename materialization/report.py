@@ -9,6 +9,7 @@ from typing import Any
 
 from core.errors import BanquetError
 from materialization.gate import GateResult
+from materialization.memory import Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,18 @@ class Progress:
         return (self.rows - self.skipped) / self.seconds if self.seconds > 0 else 0.0
 
 
+def error_data(error: BanquetError | None) -> dict[str, Any] | None:
+    """A view's error as a JSON object."""
+    return None if error is None else {"code": error.code, "message": error.message, "hint": error.hint}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewReport:
     """What a run did for one view. Times are UTC.
 
     ``rows`` were due, one per key; ``older`` of them met a newer row in Redis. ``memory_bytes`` is a dry
-    run's estimate of what Redis will need, ``key_bytes`` of it for keys that are not there yet. ``error`` is
-    None unless the view failed.
+    run's estimate of what Redis will need, with what other views of the run share; ``needed`` is that of the
+    view alone. ``error`` is None unless the view failed.
     """
 
     view: str
@@ -51,7 +57,7 @@ class ViewReport:
     newest_event: datetime | None = None
     gate: GateResult | None = None
     memory_bytes: int | None = None
-    key_bytes: int = 0
+    needed: Estimate | None = None
     error: BanquetError | None = None
 
     @property
@@ -76,8 +82,7 @@ class ViewReport:
             "newest_event": self.newest_event and self.newest_event.isoformat(),
             "gate": self.gate and self.gate.as_json(),
             "memory_bytes": self.memory_bytes,
-            "error": self.error
-            and {"code": self.error.code, "message": self.error.message, "hint": self.error.hint},
+            "error": error_data(self.error),
         }
 
 

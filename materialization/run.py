@@ -16,6 +16,7 @@ from core.errors import BanquetError, InvalidRequest, NotFound
 from core.repository import FeastRepository
 from materialization import views
 from materialization.materializer import Materializer, Request
+from materialization.memory import Estimate, together
 from materialization.report import Observer, RunReport, ViewReport
 
 if TYPE_CHECKING:
@@ -80,24 +81,24 @@ def materialize(
 
     with ThreadPoolExecutor(PARALLEL, "banquet-materialize") as executor:
         reports = list(executor.map(load, chosen))
-    return RunReport(tuple(_keys_once(chosen, reports)))
+    return RunReport(tuple(_together(chosen, reports)))
 
 
-def _keys_once(chosen: Sequence[Any], reports: Sequence[ViewReport]) -> list[ViewReport]:
-    """A dry run's reports, the memory of a key that several views will create counted with one of them.
+def _together(chosen: Sequence[Any], reports: Sequence[ViewReport]) -> list[ViewReport]:
+    """A dry run's reports with the memory of each view as one of the views of its join keys."""
+    groups: dict[frozenset[str], list[Estimate]] = {}
+    for view, report in zip(chosen, reports, strict=True):
+        if report.needed:
+            groups.setdefault(_join_keys(view), []).append(report.needed)
+    sizes = {keys: iter(together(needed)) for keys, needed in groups.items()}
+    return [
+        replace(report, memory_bytes=next(sizes[_join_keys(view)])) if report.needed else report
+        for view, report in zip(chosen, reports, strict=True)
+    ]
 
-    Taken as if the keys of one view were all among those of the view under the same join keys that has most.
-    """
-    paid: dict[frozenset[str], int] = {}
-    counted = {}
-    for view, report in sorted(zip(chosen, reports, strict=True), key=lambda pair: -pair[1].key_bytes):
-        group = frozenset(column.name for column in view.entity_columns)
-        shared = min(report.key_bytes, paid.setdefault(group, 0))
-        paid[group] = max(paid[group], report.key_bytes)
-        if report.memory_bytes is not None:
-            report = replace(report, memory_bytes=report.memory_bytes - shared)
-        counted[view.name] = report
-    return [counted[view.name] for view in chosen]
+
+def _join_keys(view: Any) -> frozenset[str]:
+    return frozenset(column.name for column in view.entity_columns)
 
 
 class _Run:

@@ -25,6 +25,7 @@ from materialization import views
 from materialization.ledger import Ledger, Loaded
 from materialization.load import row_encoder, stored_cells
 from materialization.materializer import Materializer
+from materialization.report import error_data
 from materialization.run import chosen_views
 from materialization.window import EVENT, ViewSource, Window
 
@@ -109,8 +110,7 @@ class ViewVerification:
             "entities": self.entities,
             "as_of": self.as_of and self.as_of.isoformat(),
             "differences": [difference.as_json() for difference in self.differences],
-            "error": self.error
-            and {"code": self.error.code, "message": self.error.message, "hint": self.error.hint},
+            "error": error_data(self.error),
         }
 
 
