@@ -280,9 +280,9 @@ def run_one(name: str, case: Shape, folder: Path, output: Path, warm: int, warm_
         return table, {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
 
     run = globals()[name.replace("-", "_")](case, folder)
-    before_mb = _peak_mb()
+    before_mb = report.peak_mb()
     table, first = timed()
-    found: dict[str, Any] = {"rows": table.num_rows, "before_mb": before_mb, "peak_mb": _peak_mb()}
+    found: dict[str, Any] = {"rows": table.num_rows, "before_mb": before_mb, "peak_mb": report.peak_mb()}
     pq.write_table(table.select([c for c in table.column_names if c != "created"]), output)
     del table
     calls: list[dict[str, float]] = []
@@ -292,10 +292,6 @@ def run_one(name: str, case: Shape, folder: Path, output: Path, warm: int, warm_
     if calls:
         found["warm"] = {key: statistics.median(call[key] for call in calls) for key in first}
     print(json.dumps(found))
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def differences(case: Shape, ours: Path, theirs: Path) -> dict[str, int]:
@@ -588,7 +584,7 @@ def _cell(taken: dict[str, Any] | None, key: str) -> str:
     if taken is None:
         return ""
     ratio = taken.get(f"{key}_to_banquet")
-    times = "" if ratio is None else f" ({ratio:.0f}x)" if ratio >= 10 else f" ({ratio:.2f}x)"
+    times = "" if ratio is None else f" ({report.times(ratio)})"
     return f"{taken[key]:.2f}{times}"
 
 

@@ -136,14 +136,8 @@ def run_contender(contender: str, folder: Path, port: int) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_seconds": cpu,
         "redis_cpu_seconds": server["cpu_seconds"],
-        "peak_mb": peak_mb(),
+        "peak_mb": report.peak_mb(),
     }
-
-
-def peak_mb() -> float:
-    """This process's own: ``ru_maxrss`` would be the parent's, where that was larger when it started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 @contextmanager

@@ -31,6 +31,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_mb() -> float:
+    """This process's own: ``ru_maxrss`` would be the parent's, where that was larger when it started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def times(ratio: float) -> str:
+    """A ratio as a table shows it."""
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
 def write_json(name: str, record: dict[str, Any]) -> None:
     """``bench/results/<name>.json``."""
     RESULTS.mkdir(exist_ok=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -32,14 +31,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import report  # noqa: E402 — the folder is no package: its files are scripts
-from userbase import USERS, Userbase, free_port, userbase, wait_for  # noqa: E402
+from userbase import USERS, Userbase, cpu_seconds, free_port, userbase, wait_for  # noqa: E402
 
 KEY = "bench-key"
 SHAPES = "1x1,1x8,1x32,50x1,50x8,50x32"
 PYTHON_BIN = Path(sys.executable).parent
 # A fresh `feast serve` answers nothing in its first second under 32 connections.
 _WARM_UP_S = 4.0
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +120,7 @@ class Running:
 
     def cpu_seconds(self) -> float:
         """Processor time that it and its children have used."""
-        total = 0.0
-        for pid in _family(self.pid):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
-        return total
-
-
-def _family(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(member for child in children for member in _family(int(child)))]
+        return cpu_seconds(self.pid)
 
 
 @contextmanager
@@ -446,7 +435,7 @@ def _speed(cell: dict[str, float] | None) -> str:
 def _times(ratio: float | None) -> str:
     if ratio is None:
         return ""
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+    return report.times(ratio)
 
 
 def load_parser(about: str, name: str, *, shapes: str, rounds: int) -> argparse.ArgumentParser:

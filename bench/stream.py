@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import report  # noqa: E402 — the folder is no package: its files are scripts
-from userbase import USERS, Userbase, free_port, userbase, wait_for  # noqa: E402
+from userbase import USERS, Userbase, cpu_seconds, free_port, userbase, wait_for  # noqa: E402
 
 PYTHON_BIN = Path(sys.executable).parent
 STREAM = "banquet:events:bench"
@@ -99,14 +99,6 @@ def process(scene: Userbase, name: str, *command: str) -> Iterator[subprocess.Po
                 started.wait(60)
             except subprocess.TimeoutExpired:
                 started.kill()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time that a process and its children use; a busy machine hardly moves it."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return own + sum(map(cpu_seconds, map(int, children)))
 
 
 def spent_by(groups: dict[str, list[int]]) -> dict[str, float]:

@@ -351,25 +351,20 @@ def export(ctx: Context, reference: str, target: str, tracking_uri: str, experim
 
 def report_change(ctx: Context, registry: ModelRegistry, name: str, change: Change) -> None:
     """What a change left, aliases and rollout, and the rollout that it has ended."""
-    import json
-
     from core import records
 
     ended = registry.ended(name, change)
     text = f"{name}: {_traffic_text(change)}"
     if ended is not None:
         text += f"; ended: {_rollout_text(ended)}"
-    rollout = None if ended is None else json.loads(records.to_json(ended))
-    ctx.report({**change_data(change), "ended_rollout": rollout}, text)
+    ctx.report({**change_data(change), "ended_rollout": records.as_data(ended)}, text)
 
 
 def change_data(change: Change) -> dict[str, Any]:
     """An entry of a model's history as JSON data."""
-    import json
-
     from core import records
 
-    data: dict[str, Any] = json.loads(records.to_json(change))
+    data: dict[str, Any] = records.as_data(change)
     return data
 
 

@@ -5,7 +5,7 @@ Knows DuckDB's types; knows no table and no join.
 
 from __future__ import annotations
 
-from core.errors import InvalidSource
+from core.errors import EntityFrameError, InvalidSource
 
 NANOSECOND_TYPES = {"TIMESTAMP_NS", "TIMESTAMPTZ_NS"}
 _ZONED_TYPES = {"TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS"}
@@ -37,6 +37,14 @@ def epoch(expression: str, kind: str, unit: str) -> str:
         return microseconds
     # Nanoseconds in 64 bits reach from 1677 to 2262; times beyond compare as the nearest end.
     return f"(least(greatest({microseconds}, -9223372036854775), 9223372036854775) * 1000)"
+
+
+def not_a_time(column: str, kind: object) -> EntityFrameError:
+    """The error for a timestamp column of the entity rows whose type is no time."""
+    return EntityFrameError(
+        f"Column {column!r} of the entity rows has the type {kind}, which is no time.",
+        hint="Make it timestamps, with a time zone or in UTC.",
+    )
 
 
 def comparable(left: str, left_kind: str, right: str, right_kind: str) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core import contract, dataset_lock, layout
+from core.comparison import not_a_time
 from core.dataset_lock import DatasetLock, Moved
 from core.errors import Conflict, DatasetMismatch, EntityFrameError, InvalidSource
 from core.online import FeaturePlan, FeatureVectors
@@ -91,10 +92,10 @@ def training_dataset(
         _check_output(output, entities)
     rows = _entity_table(entities)
     # Before Feast is imported, which takes seconds.
-    _check_entities(FeaturePlan.for_service(repository.definitions(), service), service, rows)
+    plan, needed = _planned(repository, service, rows)
     # Sources that change while the join runs must not end up in the lock as what was read.
     sources = dataset_lock.source_fingerprints(repository, service)
-    table = _join(repository, service, rows)
+    table = _join(repository, service, rows, plan, needed)
     path = entities if isinstance(entities, Path) else None
     lock = DatasetLock(
         service=service,
@@ -144,7 +145,8 @@ def reproduce(repository: FeastRepository, lock_path: Path) -> Reproduction:
     found = replace(entities, rows=rows.num_rows, digest=dataset_lock.content_digest(rows))
     moved = dataset_lock.differences(lock, replace(now, entities=found))
     try:
-        digest = dataset_lock.content_digest(_join(repository, lock.service, rows))
+        joined = _join(repository, lock.service, rows, *_planned(repository, lock.service, rows))
+        digest = dataset_lock.content_digest(joined)
     except (InvalidSource, EntityFrameError):
         if not moved:
             raise
@@ -255,6 +257,12 @@ def _entity_table(entities: pd.DataFrame | pa.Table | Path) -> pa.Table:
         ) from exc
 
 
+def _planned(repository: FeastRepository, service: str, rows: pa.Table) -> tuple[FeaturePlan, list[str]]:
+    """The plan of the service, and the columns of the entity rows that its join needs."""
+    plan = FeaturePlan.for_service(repository.definitions(), service)
+    return plan, _check_entities(plan, service, rows)
+
+
 def _check_entities(plan: FeaturePlan, service: str, rows: pa.Table) -> list[str]:
     """The columns that the join needs, which must be there; the rest must not be named like a feature."""
     needed = [TIMESTAMP, *(key.name for key in plan.join_keys), *plan.request_inputs]
@@ -270,10 +278,7 @@ def _check_entities(plan: FeaturePlan, service: str, rows: pa.Table) -> list[str
         )
     kind = rows.schema.field(TIMESTAMP).type
     if not _holds(kind, Dtype.UNIX_TIMESTAMP):
-        raise EntityFrameError(
-            f"Column {TIMESTAMP!r} of the entity rows has the type {kind}, which is no time.",
-            hint="Make it timestamps, with a time zone or in UTC.",
-        )
+        raise not_a_time(TIMESTAMP, kind)
     for name, definition in plan.request_inputs.items():
         kind = rows.schema.field(name).type
         # A time may come as seconds here: functions do as they like with it.
@@ -317,14 +322,14 @@ def _holds(kind: pa.DataType, dtype: Dtype) -> bool:
     return bool(holds or types.is_null(kind))
 
 
-def _join(repository: FeastRepository, service: str, rows: pa.Table) -> pa.Table:
+def _join(
+    repository: FeastRepository, service: str, rows: pa.Table, plan: FeaturePlan, needed: list[str]
+) -> pa.Table:
     """``rows`` with the features of ``service``, whatever the offline store makes of their order.
 
     The store gets the columns it needs and a row number; everything else stays here, so that no store can
     lose, convert or trip over a label.
     """
-    plan = FeaturePlan.for_service(repository.definitions(), service)
-    needed = _check_entities(plan, service, rows)
     numbered = rows.select(list(dict.fromkeys(needed)))
     numbered = numbered.append_column(_ROW, pa.array(np.arange(rows.num_rows)))
     store = repository.store()
@@ -360,10 +365,10 @@ def _check_output(output: Path, entities: object) -> None:
     """Nothing is overwritten but an earlier training set, which has its lock beside it."""
     if isinstance(entities, Path) and output.resolve() == entities.resolve():
         raise Conflict(f"{output} holds the entity rows.", hint="Write to another file.")
-    if output.exists() and not output.with_suffix(".lock.json").exists():
+    lock = output.with_suffix(".lock.json")
+    if output.exists() and not lock.exists():
         raise Conflict(
-            f"{output} exists and is no training set: there is no {output.with_suffix('.lock.json').name} "
-            "beside it.",
+            f"{output} exists and is no training set: there is no {lock.name} beside it.",
             hint="Write to another file, or delete this one first.",
         )
 

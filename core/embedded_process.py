@@ -64,10 +64,7 @@ def held(lock: IO[str]) -> bool:
 
 def reaped(process_id: int) -> bool:
     """Whether the process was a child of ours and has ended."""
-    try:
-        return os.waitpid(process_id, os.WNOHANG)[0] == process_id
-    except ChildProcessError:
-        return False
+    return bool(_child_ended(process_id))
 
 
 def works_in(process_id: int, folder: os.stat_result, port: int) -> bool:
@@ -103,7 +100,13 @@ def ended(process_id: int, holds: Callable[[], bool]) -> bool:
 
 def _gone(process_id: int, holds: Callable[[], bool]) -> bool:
     """Whether it has ended. It frees its lock a moment before: a child of ours is waited for."""
+    child_ended = _child_ended(process_id)
+    return not holds() if child_ended is None else child_ended
+
+
+def _child_ended(process_id: int) -> bool | None:
+    """None where it is no child of ours, or none any more."""
     try:
         return os.waitpid(process_id, os.WNOHANG)[0] == process_id
     except ChildProcessError:
-        return not holds()
+        return None

@@ -41,6 +41,11 @@ def bulk_string(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
+def command(*arguments: bytes) -> bytes:
+    """A whole RESP command."""
+    return command_head(len(arguments)) + b"".join(map(bulk_string, arguments))
+
+
 def _bulk_head(size: int) -> bytes:
     return b"$%d\r\n" % size
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from core.as_of import Asked
-from core.comparison import NANOSECOND_TYPES, epoch
+from core.comparison import NANOSECOND_TYPES, epoch, not_a_time
 from core.errors import EntityFrameError, InvalidSource
 
 # What nanoseconds in 64 bits reach, in microseconds; times beyond compare as the nearest end, as in
@@ -46,10 +46,7 @@ class NumberedRows:
         try:
             time = epoch("t", kind, self._unit)
         except InvalidSource as exc:
-            raise EntityFrameError(
-                f"Column {timestamp!r} of the entity rows has the type {kind}, which is no time.",
-                hint="Make it timestamps, with a time zone or in UTC.",
-            ) from exc
+            raise not_a_time(timestamp, kind) from exc
         con.register("entity_rows", pa.table(columns))
         try:
             selected = "".join(f"{name}, " for name in self.names.values())

@@ -20,7 +20,7 @@ from core.on_demand import OnDemandTransformation
 from core.online_json import FLOATS, JsonColumn, Run, ViewSlot, entities, one_entity
 from core.redis_connection import Hashes, HashFields, HashReader
 from core.repository import Definitions, Feature, OnDemandView, Projection, View
-from core.types import Dtype, FeatureStatus, Field, feature_name
+from core.types import Dtype, FeatureStatus, Field, feature_name, is_version
 
 Cells = Sequence[bytes | None]
 Decoder = Callable[[Cells, Dtype], list[Any]]
@@ -194,7 +194,7 @@ class FeaturePlan:
             view, colon, feature = reference.partition(":")
             view = view.removesuffix("@latest")
             base, _, version = view.partition("@v")
-            if not colon or not base or not feature or ("@" in view and not _is_number(version)):
+            if not colon or not base or not feature or ("@" in view and not is_version(version)):
                 raise InvalidRequest(
                     f"Feature reference {reference!r} is malformed.",
                     hint="Write it as view:feature, or view@v2:feature for a pinned version.",
@@ -259,11 +259,6 @@ class FeaturePlan:
                 self._add_transformation(source.name, found)
         self.request_inputs |= {feature.name: feature for feature in view.request_inputs}
         self._transformations[name] = OnDemandTransformation(view, name, list(self._join_keys))
-
-
-def _is_number(text: str) -> bool:
-    """Whether it can be a version's number; a "²" is a digit to Python and none to ``int``."""
-    return text.isascii() and text.isdecimal() and len(text) <= 9
 
 
 class OnlineReader:

@@ -30,7 +30,7 @@ class NotRecord(ValueError):
 
 def to_json(record: Any) -> str:
     """The text of a record. Raises ValueError for NaN and infinity, which JSON has not."""
-    return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(as_data(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(kind: type[Record], text: str | bytes, name: str) -> Record:
@@ -58,17 +58,18 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _plain(value: Any) -> Any:
+def as_data(value: Any) -> Any:
+    """A record, or what stands in one, as what JSON is made of."""
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: as_data(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: as_data(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
+        return [as_data(entry) for entry in value]
     return value
 
 

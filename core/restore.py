@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from core import layout
 from core.errors import LeaseLost, RedisAccessDenied, RedisReplyError, RedisUnavailable
 from core.layout_dump import HASH_LISTPACK, LONGEST, dumps, storable
-from core.layout_rows import EncodedRows, assemble, bulk_string, command_head
+from core.layout_rows import EncodedRows, assemble, bulk_string, command, command_head
 from core.redis_channels import Channel, ChannelPool
-from core.write_commands import Fence, created_bytes, created_times_key, slices
+from core.write_commands import EXEC, MULTI, UNWATCH, Fence, created_bytes, created_times_key, slices
 
 # Below it, asking the server first costs more than it saves.
 LEAST_ROWS = 1024
@@ -102,7 +102,7 @@ class NewKeys:
         sample = np.zeros(len(rows), bool)
         sample[:: max(1, len(rows) // _SAMPLED_KEYS)] = True
         keys = rows.filter(sample).keys()
-        (found,) = channel.exchange([command_head(1 + len(keys)), *map(bulk_string, [b"EXISTS", *keys])], 1)
+        (found,) = channel.exchange([command(b"EXISTS", *keys)], 1)
         return bool(found > TAKEN_SHARE * len(keys))
 
     def _rdb_version(self, channel: Channel, rows: EncodedRows) -> int | None:
@@ -127,13 +127,13 @@ class NewKeys:
         hset = command_head(2 + 2 * row.field_count) + bulk_string(b"HSET") + bulk_string(probe) + fields
         *_, (_, wide_dump, _, dump, _) = channel.exchange(
             [
-                _command(b"MULTI"),
-                _command(b"HSET", wide, *longest),
-                _command(b"DUMP", wide),
+                MULTI,
+                command(b"HSET", wide, *longest),
+                command(b"DUMP", wide),
                 hset,
-                _command(b"DUMP", probe),
-                _command(b"DEL", wide, probe),
-                _command(b"EXEC"),
+                command(b"DUMP", probe),
+                command(b"DEL", wide, probe),
+                EXEC,
             ],
             7,
         )
@@ -144,11 +144,11 @@ class NewKeys:
         restore = command_head(4) + bulk_string(b"RESTORE") + bulk_string(probe) + bulk_string(b"0") + ours
         *_, (_, restored, _) = channel.exchange(
             [
-                _command(b"MULTI"),
+                MULTI,
                 restore,
-                _command(b"DUMP", probe),
-                _command(b"DEL", probe),
-                _command(b"EXEC"),
+                command(b"DUMP", probe),
+                command(b"DEL", probe),
+                EXEC,
             ],
             5,
         )
@@ -221,16 +221,17 @@ class Restoration:
 
         The look at the lease for the next one goes out with the one before it: no further round trip.
         """
-        look = _command(b"WATCH", fence.key) + _command(b"GET", fence.key)
+        look = command(b"WATCH", fence.key) + command(b"GET", fence.key)
         _, holder = channel.exchange([look], 2)
         taken: list[int] = []
         start = part.start
         while start < part.stop:
             if holder != fence.token:
+                channel.exchange([UNWATCH], 1)
                 raise LeaseLost
             some = range(start, min(start + _TRANSACTION_ROWS, part.stop))
             more = some.stop < part.stop
-            commands: list[bytes | memoryview] = [_MULTI, self._commands.between(some), _EXEC]
+            commands: list[bytes | memoryview] = [MULTI, self._commands.between(some), EXEC]
             if more:
                 commands.append(look)
             replies = channel.exchange(commands, len(some) + 2 + 2 * more, expected=_BUSY)
@@ -277,10 +278,3 @@ def _busy(replies: Sequence[Any]) -> list[int]:
 
 def _names(rows: EncodedRows) -> tuple[bytes, ...]:
     return tuple(name for name, _ in rows.cells)
-
-
-def _command(*arguments: bytes) -> bytes:
-    return command_head(len(arguments)) + b"".join(map(bulk_string, arguments))
-
-
-_MULTI, _EXEC, _UNWATCH = _command(b"MULTI"), _command(b"EXEC"), _command(b"UNWATCH")

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 
+def is_version(text: str) -> bool:
+    """Whether it can be a version's number; a "²" is a digit to Python and none to ``int``."""
+    return text.isascii() and text.isdecimal() and len(text) <= 9
+
+
 class FeatureStatus(IntEnum):
     """Feast's ``FieldStatus``, by the same names and numbers.
 

@@ -24,13 +24,22 @@ from numpy.typing import NDArray
 
 from core import layout
 from core.errors import BanquetError, LeaseLost, RedisUnavailable
-from core.layout_rows import EncodedRows, RowEncoder, bulk_string, command_head
+from core.layout_rows import EncodedRows, RowEncoder, bulk_string, command, command_head
 from core.redis import RedisAddress
 from core.redis_channels import ChannelPool
 from core.repository import View
 from core.restore import NewKeys, Restoration
 from core.types import Dtype, Field
-from core.write_commands import COMPARE_AND_WRITE, Batch, Fence, created_times_key, key_slot
+from core.write_commands import (
+    COMPARE_AND_WRITE,
+    EXEC,
+    MULTI,
+    UNWATCH,
+    Batch,
+    Fence,
+    created_times_key,
+    key_slot,
+)
 
 __all__ = [
     "Fence",
@@ -285,18 +294,23 @@ class OnlineWriter:
         look: list[bytes | memoryview] = [command_head(1 + len(part)), bulk_string(b"WATCH"), keys]
         if fence is not None:
             name = bulk_string(fence.key)
-            look = [command_head(2 + len(part)), bulk_string(b"WATCH"), keys, name]
-            look += [command_head(2), bulk_string(b"GET"), name]
+            look = [
+                command_head(2 + len(part)),
+                bulk_string(b"WATCH"),
+                keys,
+                name,
+                command(b"GET", fence.key),
+            ]
         look.append(batch.lookups.between(part))
         for _ in range(OPTIMISTIC_ATTEMPTS):
             with self._pool.channel() as channel:
                 replies = channel.exchange(look, 1 + (fence is not None) + len(part))
                 if fence is not None and replies[1] != fence.token:
-                    channel.exchange([_UNWATCH], 1)
+                    channel.exchange([UNWATCH], 1)
                     raise LeaseLost
                 kept = _not_older(batch.event_ns[part.start : part.stop], replies[-len(part) :])
                 if not kept:
-                    channel.exchange([_UNWATCH], 1)
+                    channel.exchange([UNWATCH], 1)
                     return WriteResult(older=len(part))
                 if len(kept) == len(part):
                     writes = [batch.writes.between(part)]
@@ -304,7 +318,7 @@ class OnlineWriter:
                     rows = (part.start + row for row in kept)
                     writes = [batch.writes.between(range(row, row + 1)) for row in rows]
                 commands = len(kept) * (2 if self.key_ttl_seconds else 1)
-                replies = channel.exchange([_MULTI, *writes, _EXEC], 2 + commands)
+                replies = channel.exchange([MULTI, *writes, EXEC], 2 + commands)
             if replies[-1] is not None:
                 return WriteResult(len(kept), len(part) - len(kept))
         # Somebody writes these keys all the time: let the server compare and write in one go.
@@ -390,8 +404,3 @@ def _not_older(event_ns: NDArray[np.int64], stored: Sequence[bytes | None]) -> S
     previous = layout.decode_timestamps(stored)
     new = event_ns.tolist()
     return [row for row, old in enumerate(previous) if old is None or new[row] >= old]
-
-
-_MULTI = command_head(1) + bulk_string(b"MULTI")
-_EXEC = command_head(1) + bulk_string(b"EXEC")
-_UNWATCH = command_head(1) + bulk_string(b"UNWATCH")

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from core import layout
 from core.layout_columns import Piece
-from core.layout_rows import Commands, EncodedRows, assemble, bulk_string, command_head
+from core.layout_rows import Commands, EncodedRows, assemble, bulk_string, command, command_head
 
 SLICE_BYTES = 1 << 20
 _SLOTS = 16384
 CREATED_DIGITS = 20
+MULTI, EXEC, UNWATCH = command(b"MULTI"), command(b"EXEC"), command(b"UNWATCH")
 
 # Answers with the number of rows written; -1 if the lease is lost.
 COMPARE_AND_WRITE = b"""

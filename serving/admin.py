@@ -7,7 +7,6 @@ within their refresh. Knows what a body has to look like, nothing of how traffic
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,8 +52,7 @@ class Admin:
         change = await asyncio.to_thread(work)
         await self.catalog.refresh_models()
         ended = await asyncio.to_thread(self.registry.ended, model, change)
-        rollout = None if ended is None else json.loads(records.to_json(ended))
-        answer = {**json.loads(records.to_json(change)), "ended_rollout": rollout}
+        answer = {**records.as_data(change), "ended_rollout": records.as_data(ended)}
         return orjson.dumps(answer, option=orjson.OPT_INDENT_2)
 
 
@@ -174,7 +172,7 @@ class Models:
                 str(number): {"form": served.model.manifest.compiled.form}
                 for number, served in sorted(deployment.versions.items())
             },
-            "rollout": None if rollout is None else json.loads(records.to_json(rollout)),
+            "rollout": records.as_data(rollout),
             "refused": refused,
         }
 

@@ -38,9 +38,8 @@ class MicroBatcher(Generic[Job, Result]):
         self._waiting: deque[tuple[Job, int, Handover[Result]]] = deque()
         self._under_way = 0
         self._scheduled = False
-        self._loop: asyncio.AbstractEventLoop | None = (
-            None  # that of the first job: asking costs a system call
-        )
+        # That of the first job: asking costs a system call.
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, job: Job, rows: int) -> Handover[Result]:
         """Queue a job of ``rows`` rows; the future holds its result or its own error."""

@@ -8,7 +8,6 @@ is away.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ class Sight:
         """A JSON object."""
         found: dict[str, Any] = {
             "model": self.model,
-            "rollout": json.loads(records.to_json(self.rollout)),
+            "rollout": records.as_data(self.rollout),
             "step": {
                 "position": self.rollout.position,
                 "percent": self.rollout.step.percent,

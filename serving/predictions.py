@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from core.errors import ModelNotFound
-from core.types import FeatureStatus
+from core.types import FeatureStatus, is_version
 from serving import bodies
 from serving.batching import Columns
 from serving.catalog import Catalog
@@ -84,7 +84,7 @@ def version_number(text: str | None, model: str | None) -> int | None:
     """The version that a path names; raises ModelNotFound for what cannot be one."""
     if text is None:
         return None
-    if not text.isdecimal() or not text.isascii() or len(text) > 9:
+    if not is_version(text):
         raise ModelNotFound(f"Model {model!r} has no version {text!r}.", hint="Versions are integers.")
     return int(text)
 

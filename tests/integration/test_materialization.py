@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,19 +45,6 @@ from tests.support.table_source import TableSource
 from tests.support.valkey import Cluster, Valkey
 
 VALUE = Field(name="value", dtype=Float64)
-
-
-@pytest.fixture(scope="module")
-def own_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("materialization")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(own_valkey: Valkey) -> Valkey:
-    with own_valkey.client() as client:
-        client.flushall()
-    return own_valkey
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ from tests.support.waiting import PATIENCE_SECONDS
 KILLS = int(os.environ.get("TEST_KILLS", "20"))
 ROWS = 6_000
 CHUNK_ROWS = 300
-
-
-@pytest.fixture(scope="module")
-def own_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("kill")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,19 +22,6 @@ from tests.support.valkey import Valkey
 
 USERS = 1500
 Version = tuple[int, int, float]  # event and created timestamps in nanoseconds, value
-
-
-@pytest.fixture(scope="module")
-def own_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("race")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(own_valkey: Valkey) -> Valkey:
-    with own_valkey.client() as client:
-        client.flushall()
-    return own_valkey
 
 
 def nanoseconds(time: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,19 +30,6 @@ from tests.support.loads import (
 from tests.support.valkey import Valkey
 
 DAY = timedelta(days=1)
-
-
-@pytest.fixture(scope="module")
-def own_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("verify")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(own_valkey: Valkey) -> Valkey:
-    with own_valkey.client() as client:
-        client.flushall()
-    return own_valkey
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,12 @@ from core.dataset import reproduce, training_dataset
 from core.errors import InvalidSource
 from core.repository import FeastRepository
 from materialization.run import materialize
-from tests.support import bucket
 from tests.support.bucket import Bucket
 from tests.support.loads import values
 from tests.support.market import START, stamps
 from tests.support.valkey import Valkey
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def own_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("remote")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(own_valkey: Valkey) -> Valkey:
-    with own_valkey.client() as client:
-        client.flushall()
-    return own_valkey
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    with bucket.running(monkeypatch) as running:
-        yield running
 
 
 @pytest.fixture

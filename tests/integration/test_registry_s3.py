@@ -17,16 +17,10 @@ from core.manifest import MANIFEST_FILE
 from core.model import LoadedModel
 from core.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelRegistry
 from core.trust import Trust
-from tests.support import bucket, packages
+from tests.support import packages
 from tests.support.bucket import Bucket
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    with bucket.running(monkeypatch) as running:
-        yield running
 
 
 @pytest.fixture

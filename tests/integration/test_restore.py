@@ -75,19 +75,12 @@ def calls(client: Any, command: str) -> int:
     return int(stats["calls"]) - int(stats.get("failed_calls", 0)) - int(stats.get("rejected_calls", 0))
 
 
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("restore")) as server:
-        yield server
-
-
 @pytest.fixture
-def server(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> Valkey:
+def server(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> Valkey:
     monkeypatch.setattr("core.restore.LEAST_ROWS", 1)
-    with valkey.client() as client:
-        client.flushall()
+    with server.client() as client:
         client.config_resetstat()
-    return valkey
+    return server
 
 
 @pytest.fixture

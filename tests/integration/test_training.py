@@ -186,7 +186,7 @@ def test_golden_rows_miss_every_feature_at_least_once(manifest: ModelManifest) -
 def test_it_runs_compiled_and_exactly(manifest: ModelManifest) -> None:
     compiled = manifest.compiled
     assert (compiled.form, compiled.artifact, compiled.classes_equal) == ("onnx", "model.onnx", True)
-    assert compiled.max_difference < 1e-9
+    assert compiled.max_difference < 1e-12
     assert compiled.rows_checked == subscriptions.ROWS - manifest.window.embargoed_rows
 
 
@@ -217,7 +217,7 @@ def test_the_loaded_package_predicts_what_the_estimator_does(
     estimator = joblib.load(io.BytesIO(registry.artifact(manifest, MODEL_FILE)))
     found = model.predict(matrix)
     assert found.probabilities is not None
-    assert np.allclose(found.probabilities, estimator.predict_proba(matrix), rtol=0, atol=1e-9)
+    assert np.allclose(found.probabilities, estimator.predict_proba(matrix), rtol=0, atol=1e-12)
     assert found.labels == estimator.predict(matrix).tolist()
 
 

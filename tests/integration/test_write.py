@@ -53,19 +53,6 @@ def stored(client: object, user: int, view: View = VIEW) -> tuple[float | None, 
     return layout.decode_value(cell, Dtype.DOUBLE), layout.decode_timestamps([event])[0]
 
 
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with Valkey(tmp_path_factory.mktemp("write")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(valkey: Valkey) -> Valkey:
-    with valkey.client() as client:
-        client.flushall()
-    return valkey
-
-
 @pytest.fixture
 def writer(server: Valkey) -> Iterator[OnlineWriter]:
     with OnlineWriter(server.address(), "shop") as writer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -28,10 +28,7 @@ def wait_until(
     pause_seconds: float = 0.01,
 ) -> None:
     """Poll until the condition holds; an error of Redis or of the network counts as not yet."""
-    deadline = time.monotonic() + seconds
-    while not _holds(condition):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
+    for _ in _in_vain(condition, what, seconds):
         time.sleep(pause_seconds)
 
 
@@ -43,11 +40,17 @@ async def until(
     pause_seconds: float = 0.01,
 ) -> None:
     """``wait_until`` that leaves the event loop to others; the condition itself runs on it."""
+    for _ in _in_vain(condition, what, seconds):
+        await asyncio.sleep(pause_seconds)
+
+
+def _in_vain(condition: Callable[[], Any], what: str, seconds: float) -> Iterator[None]:
+    """Once per time that the condition does not hold, up to ``seconds``."""
     deadline = time.monotonic() + seconds
     while not _holds(condition):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s in vain until {what}")
-        await asyncio.sleep(pause_seconds)
+        yield
 
 
 def _holds(condition: Callable[[], Any]) -> bool:
