@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -380,7 +381,7 @@ def _scheme_only(system: AbstractFileSystem, scheme: str) -> AbstractFileSystem:
         protocol = scheme
 
         def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
-            return system.open(self._strip(path), mode)
+            return _Shared(system.open(self._strip(path), mode))
 
         def glob(self, path: str, **_: Any) -> list[str]:
             return [path]
@@ -396,3 +397,38 @@ def _scheme_only(system: AbstractFileSystem, scheme: str) -> AbstractFileSystem:
             return path.split("://", 1)[1]
 
     return Routed()
+
+
+class _Shared:
+    """A file that several threads read: DuckDB seeks in one call and reads in another, and others in between.
+
+    Each thread has a place of its own, by its number: a thread of DuckDB's keeps nothing else in Python.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        # Arrow's files read at a place, without one that threads would share.
+        self._read_at = getattr(getattr(file, "stream", None), "read_at", None)
+        self._lock = threading.Lock()
+        self._places: dict[int, int] = {}
+
+    def seek(self, place: int) -> int:
+        self._places[threading.get_ident()] = place
+        return place
+
+    def tell(self) -> int:
+        return self._places.get(threading.get_ident(), 0)
+
+    def read(self, size: int) -> bytes:
+        place = self.tell()
+        if self._read_at is not None:
+            content: bytes = self._read_at(size, place)
+        else:
+            with self._lock:
+                self._file.seek(place)
+                content = self._file.read(size)
+        self.seek(place + len(content))
+        return content
+
+    def close(self) -> None:
+        self._file.close()
